@@ -1,0 +1,191 @@
+"""Every hook, in the order a run calls them. Read this file first.
+
+A plugin is one class with any of these as methods, marked `@hookimpl`, made with its options as its
+only argument. Arguments are asked for by name: leave out what you don't need. *Slots* have exactly
+one owner and return a part; *events* may have many listeners and return what they collected.
+
+No hook runs inside forward or backward: slots are resolved once, before training; events run at most
+once a step. Import torch and megatron inside hook bodies, never at the top of the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from dsplugins.contracts import (
+        Data,
+        DispatcherFactory,
+        Evaluation,
+        ExpertsFactory,
+        PipelineSchedule,
+        Plan,
+        Platform,
+        Problem,
+        RouterFactory,
+        RunEnd,
+        Settings,
+        Step,
+    )
+
+hookspec = pluggy.HookspecMarker("dsplugins")
+hookimpl = pluggy.HookimplMarker("dsplugins")
+
+
+# -- before anything is built ---------------------------------------------------------------------
+
+
+@hookspec
+def ds_settings(plan: Plan) -> Mapping[str, object]:
+    """Event. Megatron fields that this plugin needs, by dotted recipe key.
+
+    Keys are `model.<field>`, `optimizer.<field>` or `ddp.<field>` with megatron-core's own field
+    names. Two writers of one field with two values stop the run; the recipe's own sections are
+    writers too. A value may be a `Schedule` where the field is read anew in each step.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def ds_check(plan: Plan, settings: Settings) -> Iterable[Problem]:
+    """Event. What is wrong with this plan, found without a device: sizes, ranges, conflicts."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_platform(plan: Plan) -> Platform:
+    """Slot. Where tensors live and which library moves them."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_data(plan: Plan) -> Data:
+    """Slot. Samples by index. Called on every rank, after the process group is up."""
+    raise NotImplementedError
+
+
+# -- the model, from the inside out ---------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def ds_backend(config: MLATransformerConfig) -> BackendSpecProvider:
+    """Slot. Linears, norms, core attention: attention, MLPs, experts and MTP are built from it."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_precision(config: MLATransformerConfig, backend: BackendSpecProvider) -> BackendSpecProvider:
+    """Slot. The number format: the backend itself, or one that wraps its linears."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_attention(config: MLATransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """Slot. Spec of a whole self-attention, `params` with `attn_mask_type` (MTP asks for it)."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_router(config: MLATransformerConfig) -> RouterFactory:
+    """Slot. Factory of the module that sends tokens to experts; see `contracts.RouterFactory`."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_experts(config: MLATransformerConfig, backend: BackendSpecProvider) -> ExpertsFactory:
+    """Slot. Factory of the module that computes this rank's routed experts."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_dispatcher(config: MLATransformerConfig) -> DispatcherFactory:
+    """Slot. Factory of the object that carries tokens to the ranks of their experts and back."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_mtp(
+    config: MLATransformerConfig, decoder: TransformerBlockSubmodules, backend: BackendSpecProvider
+) -> ModuleSpec:
+    """Slot. Spec of the multi-token-prediction block, made from the whole decoder's layer specs.
+
+    `decoder.layer_specs` holds all layers of the model, not only those of this stage.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_model(plan: Plan, settings: Settings) -> Callable[..., torch.nn.Module]:
+    """Slot. Factory of a model chunk.
+
+    Called as `factory(decoder=TransformerBlockSubmodules, mtp=ModuleSpec | None, pre_process=bool,
+    post_process=bool, vp_stage=int | None)`; `decoder` holds this chunk's layers.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_recompute(config: MLATransformerConfig, chunk: torch.nn.Module) -> bool:
+    """Slot, optional. Attach an activation-memory policy to a built chunk, before it is wrapped.
+
+    Must not change any number. Return True.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_schedule(plan: Plan) -> PipelineSchedule:
+    """Slot. Stage placement, chunks a rank, the forward-backward function."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def ds_optimizer(config: OptimizerConfig, chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
+    """Slot. The optimizer over DDP-wrapped chunks; must follow `set_learning_rate` of the loop,
+    which writes `lr` into every param group (times the group's `lr_mult`, if any)."""
+    raise NotImplementedError
+
+
+# -- the run --------------------------------------------------------------------------------------
+
+
+@hookspec
+def ds_model_built(plan: Plan, settings: Settings, chunks: Sequence[torch.nn.Module]) -> None:
+    """Event. Look at what was built; don't change it."""
+    raise NotImplementedError
+
+
+@hookspec
+def ds_grads_ready(step: int, chunks: Sequence[torch.nn.Module]) -> None:
+    """Event. After gradient finalisation and bias updates, before the optimizer."""
+    raise NotImplementedError
+
+
+@hookspec
+def ds_step_end(step: Step) -> Mapping[str, Any] | None:
+    """Event. Called on every rank; what rank 0's listeners return is added to `metrics.jsonl`."""
+    raise NotImplementedError
+
+
+@hookspec
+def ds_evaluated(evaluation: Evaluation) -> None:
+    """Event. After each look at the validation split; on every rank."""
+    raise NotImplementedError
+
+
+@hookspec
+def ds_run_end(end: RunEnd) -> Mapping[str, Any] | None:
+    """Event. The run is over; called on rank 0 only. Returned entries are shown, paths of plots too."""
+    raise NotImplementedError

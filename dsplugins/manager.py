@@ -1,0 +1,323 @@
+"""Entry points -> chosen plugins: found, imported, checked and registered, in recipe order.
+
+Only plugins that the recipe names are imported. Order, ownership and versions are settled here,
+never by the order of registration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from dsplugins import hookspecs
+from dsplugins.contracts import CONTRACT, SLOTS, Problem, RecipeError
+from dsplugins.typed import build
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dsplugins.recipe import Recipe
+
+GROUP = "dsplugins."
+REQUIRED = ("platform", "model", "backend", "precision", "attention", "schedule", "optimizer", "data")
+REQUIRED_BY_MOE = ("router", "experts", "dispatcher")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A plugin that some installed distribution offers; known from metadata alone."""
+
+    name: str
+    slot: str
+    """One of `contracts.SLOTS`, or `event`."""
+    distribution: str
+    version: str
+    entry_point: metadata.EntryPoint
+
+
+def offers() -> list[Offer]:
+    """Every plugin that is installed, sorted by slot and name. Imports none of them."""
+    found = []
+    for slot in (*SLOTS, "event"):
+        for entry in metadata.entry_points(group=GROUP + slot):
+            dist = entry.dist
+            found.append(
+                Offer(entry.name, slot, dist.name if dist else "?", dist.version if dist else "?", entry)
+            )
+    return sorted(found, key=lambda offer: (offer.slot == "event", offer.slot, offer.name))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plugin of this run: the object, its options, and where it came from."""
+
+    offer: Offer
+    plugin: object
+    options: Any
+
+    @property
+    def name(self) -> str:
+        """Name in the recipe."""
+        return self.offer.name
+
+    @property
+    def slot(self) -> str:
+        """Slot it owns, or `event`."""
+        return self.offer.slot
+
+
+class HookFailure(RuntimeError):
+    """A plugin raised inside a hook; says which plugin and which hook."""
+
+    def __init__(self, plugin: str, hook: str, error: BaseException) -> None:
+        self.plugin, self.hook = plugin, hook
+        super().__init__(f"plugin {plugin} failed in {hook}: {type(error).__name__}: {error}")
+
+
+class Plugins:
+    """The chosen plugins, in recipe order, behind pluggy's checks."""
+
+    def __init__(self, chosen: Sequence[Chosen]) -> None:
+        self.chosen = tuple(chosen)
+        self._manager = pluggy.PluginManager("dsplugins")
+        self._manager.add_hookspecs(hookspecs)
+        # pluggy calls the last one registered first.
+        for item in reversed(self.chosen):
+            self._manager.register(item.plugin, item.name)
+        self._manager.check_pending()
+
+    def __iter__(self) -> Iterator[Chosen]:
+        return iter(self.chosen)
+
+    @property
+    def slots(self) -> dict[str, str]:
+        """Slot -> name of its owner."""
+        return {item.slot: item.name for item in self.chosen if item.slot != "event"}
+
+    def owner(self, slot: str) -> Chosen | None:
+        """The plugin that owns `slot`, if any."""
+        return next((item for item in self.chosen if item.slot == slot), None)
+
+    def slot(self, slot: str, **arguments: Any) -> Any:
+        """Ask the owner of `slot` for its part. Raises HookFailure naming it when it fails or gives None."""
+        results = list(self._call(f"ds_{slot}", arguments))
+        if not results or results[0][1] is None:
+            owner = self.slots.get(slot, "nobody")
+            raise HookFailure(owner, f"ds_{slot}", TypeError("returned None"))
+        return results[0][1]
+
+    def event(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        """Call every listener of an event, in recipe order: [(plugin name, what it returned)]."""
+        return list(self._call(hook, arguments))
+
+    def listens(self, hook: str) -> bool:
+        """Whether any chosen plugin fills this hook."""
+        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+
+    def _call(self, hook: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            named = {name: arguments[name] for name in implementation.argnames}
+            try:
+                result = implementation.function(**named)
+            except (RecipeError, HookFailure):
+                raise
+            except Exception as error:
+                from dsplugins.contracts import EnvironmentUnfit
+
+                if isinstance(error, EnvironmentUnfit):
+                    raise
+                raise HookFailure(implementation.plugin_name, hook, error) from error
+            yield implementation.plugin_name, result
+
+    def lock(self) -> list[dict[str, Any]]:
+        """What `plugins.lock.json` holds: name, slot, distribution, version, class, options."""
+        return [
+            {
+                "name": item.name,
+                "slot": item.slot,
+                "distribution": item.offer.distribution,
+                "version": item.offer.version,
+                "class": item.offer.entry_point.value,
+                "options": _plain(item.options),
+            }
+            for item in self.chosen
+        ]
+
+    def digest(self) -> str:
+        """Hash of the lock: equal on ranks that resolved the same plugins with the same options."""
+        return hashlib.sha256(json.dumps(self.lock(), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def choose(recipe: Recipe) -> Plugins:
+    """The plugins that a recipe names.
+
+    Raises RecipeError with every problem found: a name nobody offers, one that can't be imported, bad
+    options, a slot filled twice or left empty, a contract that doesn't fit.
+    """
+    everyone = offers()
+    problems: list[Problem] = []
+    chosen: list[Chosen] = []
+    for name, values in recipe.plugins.items():
+        offer = _find(name, everyone, problems)
+        item = _make(offer, values, problems) if offer else None
+        if item:
+            chosen.append(item)
+    failed = {p.key.split(".")[1] for p in problems if p.key.startswith("plugins.")}
+    problems += _ownership(chosen)
+    problems += _empty_slots(recipe, chosen, everyone, failed)
+    problems += _declarations(chosen)
+    if problems:
+        raise RecipeError(problems)
+    return Plugins(chosen)
+
+
+def _find(name: str, everyone: Sequence[Offer], problems: list[Problem]) -> Offer | None:
+    key = f"plugins.{name}"
+    found = [offer for offer in everyone if offer.name == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        sources = ", ".join(f"{offer.distribution} ({offer.slot})" for offer in found)
+        remedy = "uninstall all of them but one"
+        problems.append(Problem(f"{key}: offered by {len(found)} distributions: {sources}", key, remedy))
+        return None
+    near = difflib.get_close_matches(name, [offer.name for offer in everyone], n=1)
+    remedy = f"did you mean {near[0]}? " if near else ""
+    remedy += "A plugin of somebody else's must be installed first: pip install PACKAGE"
+    problems.append(Problem(f"{key}: no installed package offers a plugin of this name", key, remedy))
+    return None
+
+
+def _make(offer: Offer, values: Mapping[str, Any], problems: list[Problem]) -> Chosen | None:
+    key = f"plugins.{offer.name}"
+    try:
+        cls = offer.entry_point.load()
+    except Exception as error:
+        said = f"{key}: {offer.distribution} can't be imported: {type(error).__name__}: {error}"
+        problems.append(Problem(said, key, f"mend or reinstall {offer.distribution}"))
+        return None
+    faults = _contract_faults(cls, key)
+    options = None
+    option_class = getattr(cls, "Options", None)
+    if option_class is not None and not is_dataclass(option_class):
+        faults.append(Problem(f"{key}: its Options is not a dataclass", key, "tell its author"))
+    elif option_class is not None:
+        options, bad = build(option_class, values, key, offer.name)
+        faults += bad
+    elif values:
+        faults += [
+            Problem(f"{key}.{k}: {offer.name} takes no options", f"{key}.{k}", "drop it") for k in values
+        ]
+    problems += faults
+    if faults:
+        return None
+    try:
+        plugin = cls(options) if option_class is not None else cls()
+    except Exception as error:
+        said = f"{key}: could not be made: {type(error).__name__}: {error}"
+        problems.append(Problem(said, key, "check its options"))
+        return None
+    bad_hooks = list(_hook_faults(offer, plugin))
+    problems += bad_hooks
+    return None if bad_hooks else Chosen(offer, plugin, options)
+
+
+def _contract_faults(cls: type, key: str) -> list[Problem]:
+    wanted = getattr(cls, "contract", None)
+    if wanted is None:
+        return []
+    version = ".".join(map(str, CONTRACT))
+    try:
+        fits = SpecifierSet(wanted).contains(version)
+    except InvalidSpecifier:
+        return [Problem(f"{key}: {wanted!r} is not a version specifier", key, "tell its author")]
+    if fits:
+        return []
+    said = f"{key}: needs the plugin contract {wanted}, this dsplugins has {version}"
+    return [Problem(said, key, "install versions of both that fit")]
+
+
+def _hook_faults(offer: Offer, plugin: object) -> Iterable[Problem]:
+    """Only known hooks, the right arguments, the slot's hook present, no other slot's, no ordering."""
+    key = f"plugins.{offer.name}"
+    filled = dict(_implementations(plugin))
+    slot_hooks = {f"ds_{slot}" for slot in SLOTS}
+    own = f"ds_{offer.slot}"
+    if offer.slot != "event" and own not in filled:
+        yield Problem(f"{key}: stands in group {GROUP}{offer.slot} but has no {own}", key, "tell its author")
+    for hook, options in filled.items():
+        spec = getattr(hookspecs, hook, None)
+        if spec is None:
+            yield Problem(f"{key}: there is no hook {hook}", key, "tell its author")
+            continue
+        if hook in slot_hooks and hook != own:
+            yield Problem(f"{key}: fills {hook}, which is the hook of another slot", key, "tell its author")
+        if options.get("tryfirst") or options.get("trylast"):
+            yield Problem(f"{key}: {hook}: the recipe orders plugins, not tryfirst/trylast", key)
+        if options.get("wrapper") or options.get("hookwrapper"):
+            yield Problem(f"{key}: {hook}: a wrapper would be a second owner", key, "tell its author")
+        allowed = set(inspect.signature(spec).parameters)
+        extra = set(inspect.signature(getattr(plugin, hook)).parameters) - allowed
+        if extra:
+            said = f"{key}: {hook} asks for {', '.join(sorted(extra))}; it may ask for {', '.join(allowed)}"
+            yield Problem(said, key, "tell its author")
+
+
+def _implementations(plugin: object) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    for name in dir(type(plugin)):
+        marked = getattr(getattr(type(plugin), name), "dsplugins_impl", None)
+        if marked is not None:
+            yield name, marked
+
+
+def _ownership(chosen: Sequence[Chosen]) -> Iterable[Problem]:
+    for slot in SLOTS:
+        owners = [item.name for item in chosen if item.slot == slot]
+        if len(owners) > 1:
+            said = f"slot {slot} is filled twice: by {' and by '.join(owners)}"
+            yield Problem(said, f"plugins.{owners[-1]}", f"drop one: `{owners[0]}: null` under plugins")
+
+
+def _empty_slots(
+    recipe: Recipe, chosen: Sequence[Chosen], everyone: Sequence[Offer], failed: set[str]
+) -> Iterable[Problem]:
+    needed = list(REQUIRED)
+    if recipe.sections.get("model", {}).get("num_moe_experts"):
+        needed += REQUIRED_BY_MOE
+    filled = {item.slot for item in chosen}
+    # A plugin that was named but is broken is one problem, not two.
+    filled |= {offer.slot for offer in everyone if offer.name in failed}
+    for slot in needed:
+        if slot not in filled:
+            offered = ", ".join(offer.name for offer in everyone if offer.slot == slot)
+            yield Problem(f"slot {slot} is empty", "plugins", f"name one under plugins: {offered}")
+
+
+def _declarations(chosen: Sequence[Chosen]) -> Iterable[Problem]:
+    names = {item.name for item in chosen} | {item.slot for item in chosen}
+    for item in chosen:
+        key = f"plugins.{item.name}"
+        for other in getattr(item.plugin, "requires", ()):
+            if other not in names:
+                yield Problem(f"{key}: requires {other}", key, f"name {other} under plugins")
+        for other in getattr(item.plugin, "conflicts", ()):
+            if other in names:
+                yield Problem(f"{key}: conflicts with {other}", key, f"drop one: `{other}: null`")
+
+
+def _plain(options: Any) -> Any:
+    from dsplugins.schedules import Schedule
+
+    if options is None:
+        return {}
+    raw = {name: getattr(options, name) for name in asdict(options)}
+    return {k: v.to_raw() if isinstance(v, Schedule) else v for k, v in raw.items()}
