@@ -1,0 +1,96 @@
+"""Pictures of `metrics.jsonl`: `rows` are its rows, one a step, oldest first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsplugins.plugins.event.plots import COLOURS, INK, figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+SCHEDULES = {
+    "learning_rate": "learning rate",
+    "global_batch": "sequences a step",
+    "bias_update_rate": "bias update rate",
+    "mtp_weight": "MTP weight",
+}
+
+
+def losses(rows: Rows, validation: Mapping[int, float], baselines: Mapping[str, float]) -> Figure:
+    """Training and MTP loss (thin: each step, thick: running mean), validation points, baseline lines."""
+    drawn, (panel,) = figure(1, width=7.5, row_height=3.8)
+    _loss_line(panel, rows, "loss", "training", COLOURS[0])
+    _loss_line(panel, rows, "mtp_loss", "MTP", COLOURS[1])
+    if validation:
+        points = sorted(validation.items())
+        panel.plot(*zip(*points, strict=True), "o-", color=COLOURS[2], markersize=4, label="validation")
+    for name, value in baselines.items():
+        panel.axhline(value, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        panel.annotate(
+            f"{name} {value:.2f}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=INK,
+        )
+    panel.set_xlabel("step", fontsize=9)
+    panel.set_ylabel("nats a token", fontsize=9)
+    panel.set_title("Losses", fontsize=10, loc="left")
+    panel.legend(frameon=False, fontsize=8)
+    return drawn
+
+
+def schedules(rows: Rows) -> Figure:
+    """Learning rate, batch size and what else followed a schedule, a panel each."""
+    present = [field for field in SCHEDULES if not np.isnan(_column(rows, field)).all()]
+    drawn, panels = figure(max(1, len(present)), row_height=1.4)
+    steps = _column(rows, "step")
+    for panel, field in zip(panels, present, strict=False):
+        panel.plot(steps, _column(rows, field), color=COLOURS[0], linewidth=1.4, marker=_marker(rows))
+        panel.set_ylim(bottom=0)
+        panel.set_title(SCHEDULES[field], fontsize=9, loc="left")
+        panel.ticklabel_format(axis="y", scilimits=(-3, 5))
+        panel.yaxis.get_offset_text().set_fontsize(8)
+    panels[-1].set_xlabel("step", fontsize=9)
+    return drawn
+
+
+def _loss_line(panel: Axes, rows: Rows, field: str, label: str, colour: str) -> None:
+    values, steps = _column(rows, field), _column(rows, "step")
+    if np.isnan(values).all():
+        return
+    width = max(1, len(values) // 50)
+    if width > 1:
+        panel.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
+    panel.plot(
+        steps, _running_mean(values, width), color=colour, linewidth=1.6, label=label, marker=_marker(rows)
+    )
+
+
+def _column(rows: Rows, field: str) -> NDArray[np.float64]:
+    # null, and a field that a row lacks, leave a gap in the line.
+    return np.array([np.nan if row.get(field) is None else row[field] for row in rows], dtype=np.float64)
+
+
+def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Mean over the last `width` values, fewer at the start; gaps don't count."""
+    known = ~np.isnan(values)
+    total = np.cumsum(np.where(known, values, 0))
+    count = np.cumsum(known).astype(np.float64)
+    total[width:], count[width:] = total[width:] - total[:-width], count[width:] - count[:-width]
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def _marker(rows: Rows) -> str | None:
+    # A line through a single point can't be seen.
+    return "o" if len(rows) == 1 else None

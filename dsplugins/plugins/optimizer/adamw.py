@@ -1,0 +1,142 @@
+"""AdamW as DeepSeek-V3 was trained with it: ZeRO-1, FP32 master weights, moments in FP32 or BF16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from dsplugins.contracts import Problem
+from dsplugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+
+    from dsplugins.contracts import Plan, Settings
+
+BF16_STALL = 1 - 2**-8
+"""From this decay rate on, a BF16 moment can stand still: the step it should shrink by, (1 - beta) of
+itself, is no longer above half a unit in the last place, and rounding to nearest takes it back."""
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """Options of AdamW. Betas, eps, weight decay and clipping are the recipe's `optimizer:` section."""
+
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What both moments are kept in between steps; V3 kept them in BF16 (arXiv 2412.19437, 3.3.3).
+    The arithmetic of a step is FP32 either way."""
+    no_decay: tuple[str, ...] = ("vectors",)
+    """Parameters without weight decay: `vectors` are all of one dimension (norm gains, biases); any
+    other entry is a shell pattern on the name within its model chunk, such as
+    `*word_embeddings.weight` (layers count from 0 in each chunk). The paper doesn't say what V3
+    excluded. A router's balancing bias is a buffer and never decays."""
+    zero: bool = True
+    """Each data-parallel rank keeps the moments and master weights of its share only (ZeRO-1, as V3
+    did: section 3.2). False keeps them all on each rank."""
+    fused: bool = False
+    """Use torch's fused kernel, one launch for many tensors; FP32 moments only. Rounds differently."""
+
+
+class AdamW:
+    """AdamW through megatron-core's optimizer wrappers, with torch's arithmetic on every machine.
+
+    megatron-core takes the Adam class of Transformer Engine or Apex where one is installed; here the
+    class inside the wrapper is always torch's `AdamW` (or `Bf16MomentsAdamW`), so that what is
+    installed never decides. Source: arXiv 2412.19437, sections 3.3.3 and 4.2;
+    megatron/core/optimizer/__init__.py.
+    """
+
+    Options = AdamWOptions
+    contract = ">=1.0,<2"
+    requires: ClassVar[tuple[str, ...]] = ()
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    env: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, options: AdamWOptions) -> None:
+        self.options = options
+
+    @hookimpl
+    def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """Adam with decoupled decay, FP32 gradient sums, sharding as `zero` says."""
+        return {
+            "optimizer.optimizer": "adam",
+            "optimizer.decoupled_weight_decay": True,
+            "optimizer.use_distributed_optimizer": self.options.zero,
+            "ddp.use_distributed_optimizer": self.options.zero,
+            "ddp.grad_reduce_in_fp32": True,
+        }
+
+    @hookimpl
+    def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        """Numbers that AdamW can't use, and wishes that exclude each other."""
+        yield from _numbers(settings.optimizer)
+        if "lr" in plan.optimizer:
+            yield Problem(
+                "optimizer.lr has no effect: the learning rate follows train.learning_rate",
+                key="optimizer.lr",
+                remedy="remove it and set train.learning_rate",
+            )
+        for field in ("optimizer_cpu_offload", "optimizer_cuda_graph", "use_precision_aware_optimizer"):
+            if getattr(settings.optimizer, field, False):
+                yield Problem(
+                    f"optimizer.{field}=true needs an Adam class that plugin adamw doesn't use",
+                    key=f"optimizer.{field}",
+                    remedy="remove it; for BF16 moments set plugins.adamw.moments: bf16",
+                )
+        if self.options.moments == "bf16":
+            yield from self._bf16_problems(settings.optimizer)
+
+    def _bf16_problems(self, config: OptimizerConfig) -> Iterable[Problem]:
+        if self.options.fused:
+            yield Problem(
+                "plugins.adamw.fused=true has no kernel for moments=bf16",
+                key="plugins.adamw.fused",
+                remedy="drop one of the two",
+            )
+        for field in ("adam_beta1", "adam_beta2"):
+            if getattr(config, field) > BF16_STALL:
+                yield Problem(
+                    f"optimizer.{field}={getattr(config, field)} is too slow for BF16 moments: rounding to "
+                    "nearest would freeze them",
+                    key=f"optimizer.{field}",
+                    remedy=f"at most {BF16_STALL} (V3: 0.9 and 0.95), or plugins.adamw.moments: fp32",
+                )
+
+    @hookimpl
+    def ds_optimizer(self, config: OptimizerConfig, chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
+        """See `build.build_optimizer`."""
+        from dsplugins.plugins.optimizer.build import build_optimizer
+
+        return build_optimizer(
+            config,
+            chunks,
+            moments=self.options.moments,
+            no_decay=self.options.no_decay,
+            fused=self.options.fused,
+        )
+
+
+def _numbers(config: Any) -> Iterable[Problem]:
+    """Ranges of AdamW's own numbers."""
+    for field in ("adam_beta1", "adam_beta2"):
+        if not 0.0 <= getattr(config, field) < 1.0:
+            yield Problem(
+                f"optimizer.{field}={getattr(config, field)} is outside [0, 1)",
+                key=f"optimizer.{field}",
+                remedy="V3: adam_beta1 0.9, adam_beta2 0.95",
+            )
+    if not config.adam_eps > 0.0:
+        yield Problem(
+            f"optimizer.adam_eps={config.adam_eps} is not above 0",
+            key="optimizer.adam_eps",
+            remedy="try 1e-8",
+        )
+    for field, remedy in (("weight_decay", "V3: 0.1"), ("clip_grad", "V3: 1.0; 0 turns clipping off")):
+        if getattr(config, field) < 0.0:
+            yield Problem(
+                f"optimizer.{field}={getattr(config, field)} is below 0",
+                key=f"optimizer.{field}",
+                remedy=remedy,
+            )

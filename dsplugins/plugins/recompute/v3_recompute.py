@@ -1,0 +1,98 @@
+"""The activation memory policy of DeepSeek-V3."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsplugins.contracts import Plan, Problem, Settings
+from dsplugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+
+@dataclass(frozen=True)
+class V3RecomputeOptions:
+    """Options of v3_recompute."""
+
+    mla_up_proj: bool = True
+    """Make queries, keys and values again from their latents in backward; needs latent attention."""
+    norms: bool = True
+    """Make the output of every RMSNorm again in backward: layers, latents, final norm and MTP."""
+
+
+class V3Recompute:
+    """Recomputation of RMSNorm and MLA up-projection (arXiv 2412.19437, section 3.2.3).
+
+    The up-projection is megatron-core's `recompute_modules: [mla_up_proj]`, which compiles a small C++
+    extension when it is first used. Core's `layernorm` there covers two norms of a layer and needs
+    TransformerEngine; here all of them are covered, with any backend (see `outputs.Outputs`). Losses and
+    gradients keep every bit. The chunk gets an attribute `ds_recompute_report` (`outputs.Report`) with
+    the measured bytes that the norms no longer hold.
+    """
+
+    Options = V3RecomputeOptions
+    contract = ">=1.0,<2"
+
+    def __init__(self, options: V3RecomputeOptions) -> None:
+        self.options = options
+
+    @hookimpl
+    def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        if not self.options.mla_up_proj:
+            return {}
+        return {"model.recompute_granularity": "selective", "model.recompute_modules": ["mla_up_proj"]}
+
+    @hookimpl
+    def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        config = settings.model
+        if self.options.mla_up_proj and not config.multi_latent_attention:
+            yield Problem(
+                "plugins.v3_recompute.mla_up_proj needs latent attention",
+                key="plugins.v3_recompute.mla_up_proj",
+                remedy="plugins.v3_recompute.mla_up_proj: false",
+            )
+        missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
+        if self.options.mla_up_proj and missing:
+            yield Problem(
+                f"megatron-core compiles an extension for mla_up_proj, without {' and '.join(missing)} here",
+                key="plugins.v3_recompute.mla_up_proj",
+                remedy="install them, or plugins.v3_recompute.mla_up_proj: false",
+                kind="environment",
+            )
+        if self.options.norms:
+            yield from _norm_problems(config)
+
+    @hookimpl
+    def ds_recompute(self, config: MLATransformerConfig, chunk: torch.nn.Module) -> bool:
+        from dsplugins.plugins.recompute.outputs import Outputs
+
+        outputs = Outputs()
+        if self.options.norms:
+            outputs.attach(chunk)
+        setattr(chunk, "ds_recompute_report", outputs.report)  # noqa: B010  (Module's own type has no such field)
+        return True
+
+
+def _norm_problems(config: MLATransformerConfig) -> Iterable[Problem]:
+    """Features of megatron-core that would skip the hooks, or empty the same tensors."""
+    recomputed = config.recompute_modules or []
+    clashes = {
+        "recompute_granularity": config.recompute_granularity == "full",
+        "recompute_modules": config.recompute_granularity == "selective" and "layernorm" in recomputed,
+        "cuda_graph_impl": config.cuda_graph_impl != "none",
+        "cpu_offloading": config.cpu_offloading,
+        "fine_grained_activation_offloading": config.fine_grained_activation_offloading,
+        "overlap_moe_expert_parallel_comm": config.overlap_moe_expert_parallel_comm,
+    }
+    for name, clash in clashes.items():
+        if clash:
+            yield Problem(
+                f"plugins.v3_recompute.norms doesn't work with model.{name}={getattr(config, name)}",
+                key=f"model.{name}",
+                remedy=f"plugins.v3_recompute.norms: false, or leave model.{name} out",
+            )

@@ -1,0 +1,41 @@
+"""The local backend: whose parts it has, and what it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dsplugins.plugins.backend.torch_local import TorchLocal
+from dsplugins.testing import prepare_cpu
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cpu():
+    prepare_cpu()
+
+
+def test_linears_are_cores_and_no_global_of_core_moves():
+    from megatron.core.models import backends
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from dsplugins.plugins.backend.norm import Norm
+
+    before = backends.LNImpl
+    provider = TorchLocal().ds_backend(config=None)
+    assert provider.column_parallel_linear() is ColumnParallelLinear
+    assert provider.row_parallel_linear() is RowParallelLinear
+    assert provider.layer_norm() is provider.layer_norm(rms_norm=True, for_qk=True) is Norm
+    assert backends.LNImpl is before, "core's own layer_norm() writes this global"
+    assert not provider.fuse_layernorm_and_linear()
+    with pytest.raises(ValueError, match="residual"):
+        provider.layer_norm(has_residual=True)
+
+
+def test_check_names_norms_it_lacks():
+    config = SimpleNamespace(
+        attention_dropout=0.0, context_parallel_size=1, window_size=None, softmax_type="vanilla",
+        apply_query_key_layer_scaling=False, normalization="L2Norm", layernorm_zero_centered_gamma=True,
+        memory_efficient_layer_norm=False, fused_residual_rmsnorm=False,
+    )  # fmt: skip
+    problems = list(TorchLocal().ds_check(plan=None, settings=SimpleNamespace(model=config)))
+    assert [p.key for p in problems] == ["model.normalization", "model.layernorm_zero_centered_gamma"]
+    assert all(p.remedy for p in problems)
