@@ -26,6 +26,7 @@ import pickle
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -198,6 +199,7 @@ def _join(rank: int, size: int, port: int, timeout: float) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="megatron")  # what core misses would be told once a rank
     prepare_cpu()
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(

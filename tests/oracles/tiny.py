@@ -6,12 +6,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from dsplugins.plugins.backend.torch_local import TorchLocal
 from dsplugins.plugins.model.gpt import Gpt, GptOptions
@@ -99,13 +104,21 @@ def tiny_decoder(config: MLATransformerConfig, attention: Any) -> TransformerBlo
 
 
 def build_tiny(config: MLATransformerConfig, attention: Any, mtp: Any = None) -> torch.nn.Module:
-    """The model on one pipeline stage, weights as drawn."""
+    """This pipeline stage's chunk, weights as drawn."""
     decoder = tiny_decoder(config, attention)
     block = mtp and mtp.ds_mtp(config, decoder, TorchLocal().ds_backend(config))
+    first = get_transformer_layer_offset(config)
+    mine = decoder.layer_specs[first : first + get_num_layers_to_build(config)]
     plan: Any = SimpleNamespace(data=SimpleNamespace(seq_length=SEQUENCE))
     settings: Any = SimpleNamespace(model=config, vocab_size=VOCABULARY)
     factory = Gpt(GptOptions(dense_layers=1)).ds_model(plan, settings)
-    return factory(decoder=decoder, mtp=block, pre_process=True, post_process=True, vp_stage=None)
+    return factory(
+        decoder=TransformerBlockSubmodules(layer_specs=mine, layer_norm=decoder.layer_norm),
+        mtp=block,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        vp_stage=None,
+    )
 
 
 def tokens(batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

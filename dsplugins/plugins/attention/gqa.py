@@ -26,10 +26,12 @@ class Gqa:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """Latent attention off."""
         return {"model.multi_latent_attention": False}
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        """Groups and heads that do not divide, and scaling that would be ignored."""
         heads, groups = settings.model.num_attention_heads, settings.model.num_query_groups
         tensor = plan.layout.tensor
         if heads % groups:
@@ -54,6 +56,7 @@ class Gqa:
 
     @hookimpl
     def ds_attention(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+        """Core's `SelfAttention` from the backend's linears and norms."""
         from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
         from megatron.core.transformer.enums import AttnMaskType
         from megatron.core.transformer.identity_op import IdentityOp

@@ -31,6 +31,7 @@ class Mla:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """Latent attention on, its norms on, and no YaRN unless asked for."""
         written: dict[str, object] = {
             "model.multi_latent_attention": True,
             "model.qk_layernorm": True,
@@ -43,6 +44,7 @@ class Mla:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        """Sizes that do not divide, and rotary settings that megatron-core would misread."""
         yield from _rotary_problems(plan.model, settings.model)
         yield from _size_problems(plan, settings.model)
         if settings.model.mla_down_proj_fusion:
@@ -54,6 +56,7 @@ class Mla:
 
     @hookimpl
     def ds_attention(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+        """`LatentAttention` from the backend's linears and norms, the norms named outright."""
         from megatron.core.transformer.enums import AttnMaskType
         from megatron.core.transformer.identity_op import IdentityOp
         from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules

@@ -22,7 +22,7 @@ def training_tokens(document: Document, *, seed: int, rate: float) -> Tokens:
     text = encode(document.content)
     if turned >= rate:
         return np.append(text, np.uint16(EOS))
-    # Both cuts are uniform over the len + 1 gaps, as in arXiv 2207.14255 (section 3); any part may be empty.
+    # Both cuts are uniform over the len + 1 gaps (character level, arXiv 2207.14255); any part may be empty.
     low, high = sorted(int(cut * (len(text) + 1)) for cut in (first, second))
     return psm(text[:low], text[low:high], text[high:])
 

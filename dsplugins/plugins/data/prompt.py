@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dsplugins.plugins.data.files import Document
 
 # A method's head: short, and its beginning says enough for a small model to try.
-METHOD = re.compile(rb"\n +def [a-z]\w+(?=\(self[^\n]*:\n)")
+METHOD = re.compile(rb"\n *def [a-z]\w+(?=\(self[^\n]*:\n)")
 # Any line with at least eight bytes on both sides of a word's end.
 LINE = re.compile(rb"\n *[^\s#][^\n]{7,40}\b(?=[^\n]{8,})")
 

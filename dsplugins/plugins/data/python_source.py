@@ -27,7 +27,7 @@ class PythonSourceOptions:
     max_bytes: int | None = None
     """Use at most so many bytes of source, both splits together; null for all."""
     tests: bool = False
-    """Read the library's own tests, too: about 2.5 times as much text, where they are installed."""
+    """Read the library's own tests, too: nearly three times as much text, where they are installed."""
     directory: str | None = None
     """Read the `*.py` files below this folder instead of the standard library."""
 

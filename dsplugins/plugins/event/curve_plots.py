@@ -83,12 +83,15 @@ def _column(rows: Rows, field: str) -> NDArray[np.float64]:
 
 
 def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Mean over the last `width` values, fewer at the start; gaps don't count."""
+    """Mean over `width` values around each (an even width counts one more), fewer at both ends; skips gaps."""
     known = ~np.isnan(values)
-    total = np.cumsum(np.where(known, values, 0))
-    count = np.cumsum(known).astype(np.float64)
-    total[width:], count[width:] = total[width:] - total[:-width], count[width:] - count[:-width]
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0))])
+    count = np.concatenate([[0.0], np.cumsum(known)])
+    places = np.arange(len(values))
+    low, high = np.maximum(places - width // 2, 0), np.minimum(places + width // 2 + 1, len(values))
+    # Around its own step: a mean over the past alone would draw a falling loss too high.
+    sums, counts = total[high] - total[low], count[high] - count[low]
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
 def _marker(rows: Rows) -> str | None:

@@ -19,13 +19,13 @@ class ExpertLoadOptions:
     """Options of ExpertLoad."""
 
     every: Annotated[int, Range(1, None)] = 1
-    """Steps between two looks. Each adds L x E numbers to `metrics.jsonl`: 75 kB for V3's 58 x 256."""
+    """Steps between two looks. Each adds L x E numbers to `metrics.jsonl`: 100 kB for V3's 59 x 256."""
     plots: bool = True
     """Draw heat maps of the load and curves of MaxVio when the run ends; needs matplotlib."""
 
 
 class ExpertLoad:
-    """Logs each expert's load and MaxVio of each layer: (max - mean) / mean (arXiv 2408.15664, section 4.1).
+    """Logs each expert's load and MaxVio of each layer: (max - mean) / mean (arXiv 2408.15664).
 
     Adds to `metrics.jsonl` every `every` steps: `expert_load` [L][E], load as a multiple of the
     layer's mean; `max_vio_per_layer` [L]; `dead_experts`, how many (layer, expert) pairs got no

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dsplugins.plugins.event.plots import COLOURS, GRID, figure
+from dsplugins.plugins.event.plots import COLOURS, figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+FAINT = "#b4c2d3"
 PANELS = 8
 """Layers that one figure shows over time; more would be too small to read."""
 
@@ -51,8 +52,8 @@ def max_vio(steps: NDArray[np.int64], loads: NDArray[np.float32]) -> Figure:
     """(max - mean) / mean of each layer, thin, and their mean."""
     per_layer = loads.max(axis=2) - 1
     drawn, (panel,) = figure(1, row_height=2.8)
-    panel.plot(steps, per_layer, color=GRID, linewidth=0.8)
-    panel.plot([], [], color=GRID, linewidth=0.8, label="each layer")
+    panel.plot(steps, per_layer, color=FAINT, linewidth=0.8)
+    panel.plot([], [], color=FAINT, linewidth=0.8, label="each layer")
     marker = "o" if len(steps) == 1 else None
     panel.plot(steps, per_layer.mean(axis=1), color=COLOURS[0], linewidth=1.6, marker=marker, label="mean")
     panel.set_ylim(bottom=0)

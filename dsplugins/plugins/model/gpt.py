@@ -39,6 +39,7 @@ class Gpt:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """Which layers have experts."""
         if not plan.model.get("num_moe_experts"):
             return {}
         dense = self.options.dense_layers
@@ -47,6 +48,7 @@ class Gpt:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        """Dense layers that leave no experts, or a vocabulary that can't be split."""
         dense, layers = self.options.dense_layers, settings.model.num_layers
         if dense and not settings.model.num_moe_experts:
             yield Problem(
@@ -70,6 +72,7 @@ class Gpt:
 
     @hookimpl
     def ds_model(self, plan: Plan, settings: Settings) -> Callable[..., torch.nn.Module]:
+        """Factory of this rank's `GPTModel` chunks."""
         from megatron.core.models.gpt import GPTModel
         from megatron.core.process_groups_config import ProcessGroupCollection
 

@@ -45,6 +45,7 @@ class Mtp:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """Depth and weight; the weight may follow a schedule."""
         return {
             "model.mtp_num_layers": self.options.depth,
             "model.mtp_loss_scaling_factor": self.options.weight,
@@ -52,6 +53,7 @@ class Mtp:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        """Chains that are longer than the decoder or the samples."""
         depth, layers, sequence = self.options.depth, settings.model.num_layers, plan.data.seq_length
         if layers < 1:
             yield Problem(
@@ -76,6 +78,7 @@ class Mtp:
     def ds_mtp(
         self, config: MLATransformerConfig, decoder: TransformerBlockSubmodules, backend: BackendSpecProvider
     ) -> ModuleSpec:
+        """Spec of a block whose layers are the decoder's last one."""
         from megatron.core.transformer.multi_token_prediction import (
             MultiTokenPredictionBlock,
             MultiTokenPredictionBlockSubmodules,

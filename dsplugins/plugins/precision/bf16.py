@@ -23,17 +23,13 @@ class Bf16:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
-        """The same answer for the model, the optimizer and the gradient buffers."""
-        import torch
-
+        """The same answer for the model, the optimizer and the gradient buffers; the host derives
+        `params_dtype` and `pipeline_dtype` from `bf16`."""
         return {
             "model.bf16": True,
             "model.fp16": False,
-            "model.params_dtype": torch.bfloat16,
-            "model.pipeline_dtype": torch.bfloat16,
             "optimizer.bf16": True,
             "optimizer.fp16": False,
-            "optimizer.params_dtype": torch.bfloat16,
             "ddp.grad_reduce_in_fp32": True,
         }
 

@@ -21,17 +21,13 @@ class Fp32:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
-        """The same answer for the model and the optimizer; gradients are FP32 as they come."""
-        import torch
-
+        """The same answer for the model and the optimizer; the host derives `params_dtype`
+        and `pipeline_dtype` from `bf16`. Gradients are FP32 as they come."""
         return {
             "model.bf16": False,
             "model.fp16": False,
-            "model.params_dtype": torch.float32,
-            "model.pipeline_dtype": torch.float32,
             "optimizer.bf16": False,
             "optimizer.fp16": False,
-            "optimizer.params_dtype": torch.float32,
         }
 
     @hookimpl

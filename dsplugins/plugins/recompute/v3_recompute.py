@@ -43,12 +43,14 @@ class V3Recompute:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """Core's recomputation of the up-projection."""
         if not self.options.mla_up_proj:
             return {}
         return {"model.recompute_granularity": "selective", "model.recompute_modules": ["mla_up_proj"]}
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        """What the two parts need, and what would bypass them."""
         config = settings.model
         if self.options.mla_up_proj and not config.multi_latent_attention:
             yield Problem(
@@ -69,6 +71,7 @@ class V3Recompute:
 
     @hookimpl
     def ds_recompute(self, config: MLATransformerConfig, chunk: torch.nn.Module) -> bool:
+        """Attach the hooks and the report."""
         from dsplugins.plugins.recompute.outputs import Outputs
 
         outputs = Outputs()

@@ -14,7 +14,7 @@ def make_config(**fields):
     import torch
     from megatron.core.transformer import TransformerConfig
 
-    basic = {"num_layers": 1, "hidden_size": 24, "num_attention_heads": 1, "normalization": "RMSNorm"}
+    basic = {"num_layers": 1, "hidden_size": 24, "num_attention_heads": 2, "normalization": "RMSNorm"}
     return TransformerConfig(**{**basic, "params_dtype": torch.float32, **fields})
 
 

@@ -1,4 +1,4 @@
-"""MTP is made from the recipe's own parts, and its loss weighs what the recipe says. Numbers: oracles/test_hf.py."""
+"""MTP is made from the recipe's own parts and weighs what it should; its numbers: oracles/test_hf.py."""
 
 from __future__ import annotations
 

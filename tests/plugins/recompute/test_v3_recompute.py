@@ -160,6 +160,58 @@ def test_with_the_up_projection(single):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def on_two_ranks(layout: str) -> dict[str, bool]:
+    """Is everything the same with and without recomputation, in a real schedule of three micro-batches?"""
+    from dsplugins.testing import model_parallel
+
+    changes = {
+        "tensor": {"tensor_model_parallel_size": 2},
+        "pipeline": {
+            "pipeline_model_parallel_size": 2,
+            "num_layers": 4,
+            "moe_layer_freq": [0, 1, 1, 1],
+            "pipeline_dtype": torch.float32,
+            "deallocate_pipeline_outputs": True,
+        },
+    }[layout]
+    with model_parallel(**{layout: 2}):
+        expected = scheduled(model(None, **changes))
+        built = model(V3Recompute(NORMS_ONLY), **changes)
+        scheduled(built)
+        built.zero_grad()
+        got = scheduled(built)
+    equal = {name: torch.equal(got[name], expected[name]) for name in expected}
+    return equal | {"avoided": built.ds_recompute_report.avoided_bytes > 0}
+
+
+def scheduled(built) -> dict[str, torch.Tensor]:
+    """Losses and gradients of one run of megatron's own schedule for this layout."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward(numbers, chunk):
+        return losses(chunk, next(numbers)), lambda loss: (loss.mean(), {"loss": loss.detach().clone()})
+
+    told = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(range(3)),
+        model=built,
+        num_microbatches=3,
+        seq_length=16,
+        micro_batch_size=2,
+        decoder_seq_length=16,
+        forward_only=False,
+    )
+    named = {f"loss {i}": value["loss"] for i, value in enumerate(told)}
+    return named | {name: p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_every_bit_stays_on_two_ranks(workers, layout):
+    for equal in workers(2).run(on_two_ranks, layout):
+        assert len(equal) > 20
+        assert [name for name, same in equal.items() if not same] == []
+
+
 def problems(options: V3RecomputeOptions = NORMS_ONLY, **changes) -> list[str]:
     from oracles.tiny import tiny_config
 

@@ -1,0 +1,224 @@
+"""Slots -> specs -> this rank's model chunks; decoder and MTP are made from the same choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from dsplugins import weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsplugins.contracts import DispatcherFactory, ExpertsFactory, Layout, Plan, RouterFactory, Settings
+    from dsplugins.manager import Plugins
+
+
+class HostMoELayer(MoELayer):
+    """megatron-core's MoE layer with the dispatcher of the dispatcher slot.
+
+    Core picks its dispatcher by name and has no seam for another one, so it is replaced right after
+    construction, before anything has used it.
+    """
+
+    def __init__(self, *args: Any, dispatcher: DispatcherFactory, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        groups = kwargs.get("pg_collection")
+        if groups is None:
+            from megatron.core.process_groups_config import ProcessGroupCollection
+
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.token_dispatcher = dispatcher(
+            self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=groups
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the slots gave for one model."""
+
+    backend: Any
+    attention: ModuleSpec
+    router: RouterFactory | None
+    experts: ExpertsFactory | None
+    dispatcher: DispatcherFactory | None
+
+
+def collect(settings: Settings, plugins: Plugins) -> Parts:
+    """Ask the slots, from the inside out."""
+    config = settings.model
+    backend = plugins.slot("backend", config=config)
+    backend = plugins.slot("precision", config=config, backend=backend)
+    moe = config.num_moe_experts is not None
+    return Parts(
+        backend=backend,
+        attention=plugins.slot("attention", config=config, backend=backend),
+        router=plugins.slot("router", config=config) if moe else None,
+        experts=plugins.slot("experts", config=config, backend=backend) if moe else None,
+        dispatcher=plugins.slot("dispatcher", config=config) if moe else None,
+    )
+
+
+def layer_spec(parts: Parts, moe: bool) -> ModuleSpec:
+    """One decoder layer: norm, attention, norm, and a dense MLP or a mixture of experts."""
+    norm = parts.backend.layer_norm()
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=parts.attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=_moe(parts) if moe else _dense(parts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _mlp_submodules(parts: Parts) -> MLPSubmodules:
+    return MLPSubmodules(
+        linear_fc1=parts.backend.column_parallel_linear(),
+        linear_fc2=parts.backend.row_parallel_linear(),
+        activation_func=parts.backend.activation_func(),
+    )
+
+
+def _dense(parts: Parts) -> Any:
+    return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules(parts))
+
+
+def _moe(parts: Parts) -> Any:
+    shared = partial(SharedExpertMLP, submodules=_mlp_submodules(parts))
+    return partial(
+        HostMoELayer,
+        submodules=MoESubmodules(experts=parts.experts, shared_experts=shared, router=parts.router),
+        dispatcher=parts.dispatcher,
+    )
+
+
+def moe_pattern(config: Any) -> list[bool]:
+    """For each decoder layer, whether it has experts (`moe_layer_freq`, an int or a list)."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [i % frequency == 0 for i in range(config.num_layers)]
+    assert len(frequency) == config.num_layers, f"moe_layer_freq has {len(frequency)} entries"
+    return [bool(x) for x in frequency]
+
+
+def whole_decoder(config: Any, parts: Parts) -> TransformerBlockSubmodules:
+    """Specs of all layers of the model, whatever stage they stand on."""
+    dense, moe = layer_spec(parts, moe=False), layer_spec(parts, moe=True) if parts.router else None
+    specs = [moe if is_moe else dense for is_moe in moe_pattern(config)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.backend.layer_norm())
+
+
+def _slice(config: Any, whole: TransformerBlockSubmodules, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this rank's chunk `vp_stage`, as core's own block spec slices them."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        from megatron.core.transformer.enums import LayerType
+
+        ids = layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+    else:
+        offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        ids = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage))
+    return TransformerBlockSubmodules(
+        layer_specs=[whole.layer_specs[i] for i in ids], layer_norm=whole.layer_norm
+    )
+
+
+def start_groups(layout: Layout, seed: int) -> None:
+    """Make megatron-core's process groups and seed its random states."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def build_chunks(plan: Plan, settings: Settings, plugins: Plugins) -> list[torch.nn.Module]:
+    """This rank's bare model chunks, in order, with recompute attached; weights not yet initialised."""
+    config = settings.model
+    parts = collect(settings, plugins)
+    whole = whole_decoder(config, parts)
+    factory = plugins.slot("model", plan=plan, settings=settings)
+    chunks = []
+    for chunk in range(plan.layout.virtual_pipeline):
+        vp_stage = chunk if plan.layout.virtual_pipeline > 1 else None
+        chunks.append(_chunk(config, plugins, parts, whole, factory, vp_stage))
+    if plugins.owner("recompute"):
+        for module in chunks:
+            plugins.slot("recompute", config=config, chunk=module)
+    return chunks
+
+
+def _chunk(
+    config: Any, plugins: Plugins, parts: Parts, whole: TransformerBlockSubmodules, factory: Any, vp_stage: int | None
+) -> torch.nn.Module:
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+
+    mtp = None
+    if plugins.owner("mtp") and mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    ):
+        mtp = plugins.slot("mtp", config=config, decoder=whole, backend=parts.backend)
+    model = factory(
+        decoder=_slice(config, whole, vp_stage),
+        mtp=mtp,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
+    )
+    model.model_type = getattr(model, "model_type", None)
+    return model
+
+
+def wrap(chunks: list[torch.nn.Module], settings: Settings) -> list[torch.nn.Module]:
+    """Chunks in megatron-core's half-precision module (if bf16) and data-parallel wrapper."""
+    config = settings.model
+    if config.bf16 or config.fp16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    return [
+        DistributedDataParallel(config=config, ddp_config=settings.ddp, module=chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build(plan: Plan, settings: Settings, plugins: Plugins, device: torch.device) -> list[torch.nn.Module]:
+    """Built, initialised, on their device, wrapped: what the loop trains."""
+    chunks = [chunk.to(device) for chunk in build_chunks(plan, settings, plugins)]
+    weights.initialise(chunks, plan.train.seed, settings.model.init_method_std)
+    return wrap(chunks, settings)
+
+
+def bare(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The model chunk inside its wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

@@ -1,0 +1,171 @@
+"""Recipe + plugins -> megatron-core's configuration objects, each field with its one writer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dsplugins.contracts import Plan, Problem, RecipeError, Settings
+from dsplugins.schedules import Schedule
+from dsplugins.typed import check_megatron
+
+if TYPE_CHECKING:
+    from dsplugins.manager import Plugins
+    from dsplugins.recipe import Recipe
+
+SECTIONS = ("model", "optimizer", "ddp")
+SCHEDULABLE = ("moe_router_bias_update_rate", "mtp_loss_scaling_factor", "moe_aux_loss_coeff")
+"""Fields that megatron-core or a router reads anew in each step."""
+
+
+class Ledger:
+    """Dotted Megatron field -> (value, writer). Two writers with two values are a problem."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.writers: dict[str, str] = {}
+        self.problems: list[Problem] = []
+
+    def write(self, key: str, value: Any, writer: str) -> None:
+        """Note that `writer` sets `key`; the first writer stays when they agree."""
+        if key not in self.values:
+            self.values[key], self.writers[key] = value, writer
+        elif _plain(self.values[key]) != _plain(value):
+            said = (
+                f"{key} has two writers: {self.writers[key]} sets {_show(self.values[key])}, "
+                f"{writer} sets {_show(value)}"
+            )
+            self.problems.append(Problem(said, key, f"drop one of them: leave {key} to one writer"))
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The fields of one section, without its name."""
+        return {k.split(".", 1)[1]: v for k, v in self.values.items() if k.startswith(name + ".")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        return value.at(0, 0) if value.is_constant else value.to_raw()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _show(value: Any) -> str:
+    return str(value) if isinstance(value, Schedule) else repr(value)
+
+
+def ledger(plan: Plan, plugins: Plugins, recipe: Recipe | None = None) -> Ledger:
+    """Who writes which Megatron field: the recipe's sections, the layout, then each plugin. No torch."""
+    book = Ledger()
+    for section in SECTIONS:
+        for field, value in getattr(plan, section).items():
+            key = f"{section}.{field}"
+            book.write(key, value, (recipe.place(key) if recipe else "") or "recipe")
+    for key, value in _derived(plan).items():
+        book.write(key, value, "derived")
+    for name, wishes in plugins.event("ds_settings", plan=plan):
+        for key, value in (wishes or {}).items():
+            if key.split(".", 1)[0] not in SECTIONS:
+                said = f"plugin {name} writes {key}, which is in none of {', '.join(SECTIONS)}"
+                book.problems.append(Problem(said, f"plugins.{name}", "tell its author"))
+            else:
+                book.write(key, value, f"plugin {name}")
+    return book
+
+
+def _derived(plan: Plan) -> dict[str, Any]:
+    layout = plan.layout
+    derived: dict[str, Any] = {
+        "model.tensor_model_parallel_size": layout.tensor,
+        "model.pipeline_model_parallel_size": layout.pipeline,
+        "model.context_parallel_size": layout.context,
+        "model.expert_model_parallel_size": layout.expert,
+        "model.expert_tensor_parallel_size": layout.expert_tensor,
+        "model.sequence_parallel": layout.tensor > 1,
+        # The host updates the router's bias from its own contract; core must not do it a second time.
+        "model.moe_router_enable_expert_bias": False,
+    }
+    if layout.virtual_pipeline > 1:
+        derived["model.virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
+    return derived
+
+
+def settle(plan: Plan, plugins: Plugins, recipe: Recipe) -> Settings:
+    """megatron-core's objects for this plan. Imports megatron-core.
+
+    Raises RecipeError with every problem: unknown fields, two writers, what megatron-core's own
+    validation refuses, what plugins' `ds_check` and the pipeline schedule refuse.
+    """
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    book = ledger(plan, plugins, recipe)
+    model = book.section("model")
+    vocab_size = model.pop("vocab_size")
+    scheduled = {k: v for k, v in model.items() if isinstance(v, Schedule)}
+    problems = list(book.problems)
+    for field in set(scheduled) - set(SCHEDULABLE):
+        said = f"model.{field} can't follow a schedule: megatron-core reads it once"
+        problems.append(Problem(said, f"model.{field}", f"only these can: {', '.join(SCHEDULABLE)}"))
+    model |= {k: v.at(0, 0) for k, v in scheduled.items()}
+    classes = {"model": MLATransformerConfig, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
+    values = {"model": model, "optimizer": book.section("optimizer"), "ddp": book.section("ddp")}
+    for section, cls in classes.items():
+        problems += check_megatron(cls, values[section], section)
+    if problems:
+        raise RecipeError(recipe.located(problems))
+    _translate(values["model"])
+    built = {name: _construct(classes[name], values[name], name, problems) for name in SECTIONS}
+    if problems:
+        raise RecipeError(recipe.located(problems))
+    settings = Settings(built["model"], built["optimizer"], built["ddp"], vocab_size, scheduled, book.writers)
+    for _, found in plugins.event("ds_check", plan=plan, settings=settings):
+        problems += found or ()
+    problems += refused_batches(plan, plugins)
+    if problems:
+        raise RecipeError(recipe.located(problems))
+    return settings
+
+
+def _translate(model: dict[str, Any]) -> None:
+    """Words for what Megatron wants as Python objects: activations and dtypes."""
+    import torch
+    from torch.nn import functional
+
+    activations = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
+    name = model.get("activation_func")
+    if isinstance(name, str):
+        if name not in activations:
+            said = f"model.activation_func={name} is not one of {', '.join(activations)}"
+            raise RecipeError([Problem(said, "model.activation_func", "V3 uses silu")])
+        model["activation_func"] = activations[name]
+    dtype = torch.bfloat16 if model.get("bf16") else torch.float32
+    model.setdefault("params_dtype", dtype)
+    if model.get("pipeline_model_parallel_size", 1) > 1:
+        model.setdefault("pipeline_dtype", dtype)
+
+
+def _construct(cls: type, values: Mapping[str, Any], section: str, problems: list[Problem]) -> Any:
+    try:
+        return cls(**values)
+    except (ValueError, AssertionError, TypeError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        problems.append(Problem(f"{section}: megatron-core refuses: {said}", section, "change the fields it names"))
+        return None
+
+
+def refused_batches(plan: Plan, plugins: Plugins) -> list[Problem]:
+    """Micro-batch counts that the batch schedule will take and the pipeline schedule refuses."""
+    schedule = plugins.slot("schedule", plan=plan)
+    unit = plan.train.micro_batch * plan.layout.data
+    counts = [batch // unit for batch in plan.train.global_batch.distinct(unit)]
+    refused = [(count, reason) for count in counts if (reason := schedule.refuses(count))]
+    if not refused:
+        return []
+    said = (
+        f"train.global_batch makes {len(counts)} micro-batch counts ({counts[0]} to {counts[-1]}), of which "
+        f"{plan.slots['schedule']} refuses {len(refused)}: {refused[0][0]}: {refused[0][1]}"
+    )
+    return [Problem(said, "train.global_batch", "change the batch, the layout or the schedule plugin")]
+
+
+__all__ = ["Ledger", "ledger", "refused_batches", "settle"]
