@@ -25,10 +25,20 @@ class Corpus:
     vocab_size = VOCAB_SIZE
 
     def __init__(
-        self, split: Split, *, seq_length: int, seed: int, fim_rate: float, evaluated: int, source: str
+        self,
+        split: Split,
+        *,
+        seq_length: int,
+        seed: int,
+        fim_rate: float,
+        evaluated: int,
+        together: int,
+        source: str,
     ) -> None:
-        """`evaluated`: validation samples that an evaluation looks at; the baselines look at the same."""
-        self._split, self._seq_length, self._evaluated = split, seq_length, evaluated
+        """`evaluated`: validation samples that an evaluation is asked for, `together`: how many all ranks
+        take at once; the baselines look at the same ones."""
+        self._split, self._seq_length = split, seq_length
+        self._evaluated, self._together = evaluated, together
         turned = [training_tokens(document, seed=seed, rate=fim_rate) for document in split.train]
         self._stream = Stream([document.name for document in split.train], turned, seed)
         plain = _plain(split.validation)
@@ -61,10 +71,11 @@ class Corpus:
     def baselines(self) -> Mapping[str, float]:
         """Unigram and bigram of bytes, fitted on the training files without fill-in-middle, nats a token.
 
-        Measured on the validation samples 0 .. n-1 with n = min(evaluate.sequences, validation_size):
-        those that the evaluation looks at. Empty when it looks at none.
+        Measured on the validation samples 0 .. n-1 that the evaluation looks at: n is the smaller of
+        evaluate.sequences and validation_size, less what doesn't fill a micro-batch on every rank.
+        Empty when it looks at none.
         """
-        count = min(self._evaluated, self.validation_size)
+        count = min(self._evaluated, self.validation_size) // self._together * self._together
         if count == 0:
             return {}
         windows = np.stack([self._windows.read(index) for index in range(count)])

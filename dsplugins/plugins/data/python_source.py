@@ -67,6 +67,7 @@ class PythonSource:
             seed=plan.train.seed,
             fim_rate=self._options.fim_rate,
             evaluated=plan.evaluate.sequences,
+            together=plan.train.micro_batch * plan.layout.data,
             source=self._options.directory or f"standard library of Python {platform.python_version()}",
         )
 

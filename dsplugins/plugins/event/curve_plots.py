@@ -83,7 +83,7 @@ def _column(rows: Rows, field: str) -> NDArray[np.float64]:
 
 
 def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Mean over `width` values around each (an even width counts one more), fewer at both ends; skips gaps."""
+    """Mean over `width` values around each (an even width counts one more), fewer at the ends; skips gaps."""
     known = ~np.isnan(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0))])
     count = np.concatenate([[0.0], np.cumsum(known)])

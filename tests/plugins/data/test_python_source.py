@@ -5,12 +5,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.contracts import EnvironmentUnfit, Layout
 from dsplugins.plugins.data.python_source import PythonSource, PythonSourceOptions
 from dsplugins.testing import JobFailed
 
@@ -58,7 +59,8 @@ def test_another_process_reads_the_same(tiny, plan, corpus_folder):
     script = (
         "import sys, json, test_python_source as t\n"
         "from types import SimpleNamespace as N\n"
-        "plan = N(data=N(seq_length=32), train=N(seed=1), evaluate=N(sequences=4))\n"
+        "train, evaluate = N(seed=1, micro_batch=1), N(sequences=4)\n"
+        "plan = N(data=N(seq_length=32), train=train, layout=N(data=1), evaluate=evaluate)\n"
         "data = t.source(directory=sys.argv[1], validation=0.2).ds_data(plan)\n"
         "print(json.dumps([t.digest_of(data), data.facts['digest'], data.baselines()]))"
     )
@@ -123,6 +125,10 @@ def test_baselines_look_at_what_an_evaluation_looks_at(tiny, plan):
     assert few != many
     assert all(value["bigram"] < value["unigram"] < 5.56 for value in (few, many)), "ln 260 is 5.56"
     assert tiny().ds_data(plan(sequences=0)).baselines() == {}
+    # Two ranks with two sequences each take four at a time: the last three of seven are never looked at.
+    seven = replace(plan(sequences=7), layout=Layout(world_size=2))
+    seven = replace(seven, train=replace(seven.train, micro_batch=2))
+    assert tiny().ds_data(seven).baselines() == tiny().ds_data(plan(sequences=4)).baselines()
 
 
 def test_prompt_is_held_out_text(tiny, plan, corpus_folder):
