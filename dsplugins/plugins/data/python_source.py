@@ -119,9 +119,12 @@ def _size_problems(plan: Plan, split: Split) -> Iterator[Problem]:
         )
     held_out = sum(len(document.content) + 1 for document in split.validation)
     samples = max(0, (held_out - 1) // seq_length)
-    if samples < sequences:
+    # An evaluation may ask for more than there is and gets all, but every rank needs a micro-batch.
+    together = plan.train.micro_batch * plan.layout.data
+    if sequences and min(samples, sequences) < together:
         yield Problem(
-            f"evaluate.sequences={sequences} but only {samples} validation samples of {seq_length} tokens",
+            f"evaluate.sequences={sequences}, {samples} validation samples of {seq_length} tokens: "
+            f"fewer than the {together} that all ranks take at once",
             key="evaluate.sequences",
-            remedy="lower it, or raise plugins.python_source.validation or max_bytes",
+            remedy="raise it, or plugins.python_source.validation or max_bytes; 0 turns evaluation off",
         )

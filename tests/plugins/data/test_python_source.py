@@ -149,7 +149,6 @@ def test_check_is_silent_about_a_good_plan(tiny, plan):
     [
         ({}, {"seq_length": 0}, 320, "data.seq_length"),
         ({"validation": 0.0}, {"seq_length": 10**6, "sequences": 0}, 320, "data.seq_length"),
-        ({}, {"sequences": 10**6}, 320, "evaluate.sequences"),
         ({"validation": 0.0}, {}, 320, "evaluate.sequences"),
         ({"max_bytes": 0}, {"sequences": 0}, 320, "data.seq_length"),
         ({}, {}, 259, "model.vocab_size"),
@@ -162,6 +161,14 @@ def test_check_names_the_key_and_a_remedy(tiny, plan, options, wanted, vocab_siz
     if key != "model.vocab_size":
         with pytest.raises(ValueError, match=key):
             tiny(**options).ds_data(plan(**wanted))
+
+
+def test_every_rank_needs_validation_samples(tiny, plan):
+    wide = replace(plan(sequences=4), layout=Layout(world_size=8))
+    (problem,) = tiny().ds_check(wide, SETTINGS)
+    assert problem.key == "evaluate.sequences" and "the 8 that all ranks" in problem.message
+    enough = replace(wide, evaluate=replace(wide.evaluate, sequences=10**6))
+    assert list(tiny().ds_check(enough, SETTINGS)) == [], "asked for more than there is: gets all"
 
 
 def test_no_sources(tmp_path, plan):
