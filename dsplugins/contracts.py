@@ -272,8 +272,8 @@ contract, owns
 - `local_tokens_per_expert`: float32 buffer [E], not persistent: tokens that this rank sent to each
   expert since it was last zeroed; counted only while gradients are enabled, never twice when
   activations are recomputed. The loop sums it over TP x CP x DP and zeroes it after each step.
-- optionally `aux_loss_sum`: float32 buffer [], not persistent: sum over micro-batches of the
-  balance loss, already multiplied by its coefficient.
+- optionally `aux_loss_sum`: float32 buffer [], not persistent: sum over micro-batches of this rank's
+  share of the balance loss, already multiplied by its coefficient. The loop sums and zeroes it too.
 - optionally `update_bias(tokens_per_expert)`: called once a step between backward and optimizer
   with the summed counts, float32 [E]. `config.moe_router_bias_update_rate` is this step's rate.
 """

@@ -55,16 +55,23 @@ class Balance:
         if not self.routers:
             return
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        summed = torch.stack([router.local_tokens_per_expert for _, router in self.routers])
+        summed = torch.stack([_mine(router) for _, router in self.routers])
         torch.distributed.all_reduce(summed, group=group)
-        for (name, router), counts in zip(self.routers, summed, strict=True):
+        self.aux += summed[:, -1].double().sum()
+        for (name, router), counts in zip(self.routers, summed[:, :-1], strict=True):
             self.counts[self.names.index(name)] = counts.double()
             if hasattr(router, "update_bias"):
                 router.update_bias(counts)
             router.local_tokens_per_expert.zero_()
             if hasattr(router, "aux_loss_sum"):
-                self.aux += router.aux_loss_sum.double()
                 router.aux_loss_sum.zero_()
+
+
+def _mine(router: torch.nn.Module) -> torch.Tensor:
+    """Counts [E] and, behind them, the balance loss of this rank."""
+    counts: Any = router.local_tokens_per_expert
+    aux = getattr(router, "aux_loss_sum", None)
+    return torch.cat([counts, (aux if aux is not None else counts.new_zeros(())).view(1)])
 
 
 def max_vio(counts: torch.Tensor) -> float:

@@ -197,10 +197,9 @@ class Run:
             tracker = MTPLossLoggingHelper.tracker
             if "loss_values" in tracker:
                 sums[1] = tracker["loss_values"].double().mean() / count / copies
-        if first:
-            sums[2] = self.balance.aux / count / copies
-            if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-                sums[3:] = self.balance.counts.flatten()
+        if first and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+            sums[2] = self.balance.aux / count / self.plan.layout.data
+            sums[3:] = self.balance.counts.flatten()
         MTPLossLoggingHelper.clean_metrics_in_tracker()
         torch.distributed.all_reduce(sums)
         numbers = sums.cpu()

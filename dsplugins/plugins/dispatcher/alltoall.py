@@ -1,0 +1,30 @@
+"""Tokens to their experts by all-to-all: megatron-core's dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dsplugins.contracts import DispatcherFactory, Plan
+from dsplugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+
+class AllToAll:
+    """megatron-core's all-to-all dispatcher; each token travels once for each rank of its experts."""
+
+    contract = ">=1.0,<2"
+
+    @hookimpl
+    def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """The type that other parts of core read."""
+        return {"model.moe_token_dispatcher_type": "alltoall"}
+
+    @hookimpl
+    def ds_dispatcher(self, config: MLATransformerConfig) -> DispatcherFactory:
+        """Core's, with split sizes that gloo can read."""
+        from dsplugins.plugins.dispatcher.host_splits import AllToAllDispatcher
+
+        return AllToAllDispatcher
