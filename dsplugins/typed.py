@@ -110,7 +110,7 @@ def _either(arguments: tuple[Any, ...], value: Any) -> Any:
 def _within(bound: Range, value: Any) -> None:
     numbers = (value,) if isinstance(value, int | float) else ()
     if isinstance(value, Schedule):
-        numbers = tuple(v for phase in value.phases for v in (phase.first, phase.last))
+        numbers = (value.lowest, value.highest)
     for number in numbers:
         low = bound.minimum is not None and number < bound.minimum
         high = bound.maximum is not None and number > bound.maximum
