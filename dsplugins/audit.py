@@ -43,7 +43,7 @@ def audit(
         raise AuditFailure(found)
 
 
-def layers(config: Any, chunks: Sequence[torch.nn.Module]) -> Iterable[tuple[str, torch.nn.Module, bool]]:
+def layers(config: Any, chunks: Sequence[torch.nn.Module]) -> Iterable[tuple[str, Any, bool]]:
     """(name, layer, whether it should have experts) of every decoder and MTP layer on this rank."""
     pattern = moe_pattern(config)
     for chunk in map(bare, chunks):
@@ -72,7 +72,12 @@ def _layer(layer: Any, moe: bool, reference: dict[str, Any]) -> Iterable[str]:
     norm = reference["backend"].layer_norm()
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         built = type(getattr(layer, name))
-        if isinstance(norm, type) and built is not norm and not issubclass(built, norm) and norm.__new__ is object.__new__:
+        if (
+            isinstance(norm, type)
+            and built is not norm
+            and not issubclass(built, norm)
+            and norm.__new__ is object.__new__
+        ):
             yield f"{name} is {built.__name__}, chosen was {norm.__name__}"
     if moe != isinstance(layer.mlp, HostMoELayer):
         yield f"mlp is {type(layer.mlp).__name__}, chosen was {'experts' if moe else 'a dense MLP'}"
@@ -82,7 +87,12 @@ def _projections(attention: Any, submodules: Any) -> Iterable[str]:
     """Core's resolver may replace an up-projection that is not identically the backend's own."""
     for name in vars(submodules) if submodules is not None else ():
         wanted, built = getattr(submodules, name), getattr(attention, name, None)
-        if name.startswith("linear_") and isinstance(wanted, type) and built is not None and type(built) is not wanted:
+        if (
+            name.startswith("linear_")
+            and isinstance(wanted, type)
+            and built is not None
+            and type(built) is not wanted
+        ):
             yield f"{name} is {type(built).__name__}, chosen was {wanted.__name__}"
 
 

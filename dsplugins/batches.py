@@ -13,7 +13,13 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def micro_batches(
-    sample: Callable[[int], torch.Tensor], first: int, count: int, size: int, rank: int, ranks: int, device: Any
+    sample: Callable[[int], torch.Tensor],
+    first: int,
+    count: int,
+    size: int,
+    rank: int,
+    ranks: int,
+    device: Any,
 ) -> Iterator[Batch]:
     """(tokens, labels, positions), each [B, S], of data-parallel rank `rank` of `ranks`.
 

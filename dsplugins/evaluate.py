@@ -25,7 +25,7 @@ class Heads:
     V3's speculative decoding (report, 5.4.3), teacher-forced.
     """
 
-    def __init__(self, chunk: torch.nn.Module, depths: int) -> None:
+    def __init__(self, chunk: Any, depths: int) -> None:
         self.depths, self.seen = depths, []  # type: ignore[var-annotated]
         self.mtp_loss = self.tokens = self.agreed = self.compared = 0.0
         self.labels: torch.Tensor | None = None
@@ -125,7 +125,11 @@ def complete(
 
 
 def _next_token(
-    plan: Plan, tokens: list[int], chunks: Sequence[torch.nn.Module], forward_backward: Any, device: torch.device
+    plan: Plan,
+    tokens: list[int],
+    chunks: Sequence[torch.nn.Module],
+    forward_backward: Any,
+    device: torch.device,
 ) -> int:
     size, length = plan.train.micro_batch, plan.data.seq_length
     row = torch.zeros(size, length, dtype=torch.int64, device=device)

@@ -10,9 +10,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -37,7 +37,7 @@ class HostMoELayer(MoELayer):
     construction, before anything has used it.
     """
 
-    def __init__(self, *args: Any, dispatcher: DispatcherFactory, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, dispatcher: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         groups = kwargs.get("pg_collection")
         if groups is None:
@@ -130,7 +130,9 @@ def whole_decoder(config: Any, parts: Parts) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.backend.layer_norm())
 
 
-def _slice(config: Any, whole: TransformerBlockSubmodules, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _slice(
+    config: Any, whole: TransformerBlockSubmodules, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of this rank's chunk `vp_stage`, as core's own block spec slices them."""
     layout = config.pipeline_model_parallel_layout
     if layout is not None:
@@ -176,7 +178,12 @@ def build_chunks(plan: Plan, settings: Settings, plugins: Plugins) -> list[torch
 
 
 def _chunk(
-    config: Any, plugins: Plugins, parts: Parts, whole: TransformerBlockSubmodules, factory: Any, vp_stage: int | None
+    config: Any,
+    plugins: Plugins,
+    parts: Parts,
+    whole: TransformerBlockSubmodules,
+    factory: Any,
+    vp_stage: int | None,
 ) -> torch.nn.Module:
     from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 
@@ -205,7 +212,9 @@ def wrap(chunks: list[torch.nn.Module], settings: Settings) -> list[torch.nn.Mod
     if config.bf16 or config.fp16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     return [
-        DistributedDataParallel(config=config, ddp_config=settings.ddp, module=chunk, disable_bucketing=index > 0)
+        DistributedDataParallel(
+            config=config, ddp_config=settings.ddp, module=chunk, disable_bucketing=index > 0
+        )
         for index, chunk in enumerate(chunks)
     ]
 
@@ -217,7 +226,7 @@ def build(plan: Plan, settings: Settings, plugins: Plugins, device: torch.device
     return wrap(chunks, settings)
 
 
-def bare(chunk: torch.nn.Module) -> torch.nn.Module:
+def bare(chunk: Any) -> Any:
     """The model chunk inside its wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module

@@ -90,7 +90,9 @@ def _needed(plan: Plan) -> Iterable[Problem]:
     for field in ("vocab_size", "num_layers", "hidden_size", "num_attention_heads"):
         value = plan.model.get(field)
         if not isinstance(value, int) or value < 1:
-            yield Problem(f"model.{field} is missing or not a positive whole number", f"model.{field}", "set it")
+            yield Problem(
+                f"model.{field} is missing or not a positive whole number", f"model.{field}", "set it"
+            )
 
 
 def _length(plan: Plan) -> Iterable[Problem]:
@@ -125,10 +127,14 @@ def _layout(plan: Plan) -> Iterable[Problem]:
     if world % sparse:
         said = f"run.world_size={world} is not a multiple of expert x expert_tensor x pipeline = {sparse}"
         yield Problem(said, "parallel.expert", f"use a multiple of {sparse}, or change parallel:")
-    yield from _divides(layout.expert, "parallel.expert", model.get("num_moe_experts"), "model.num_moe_experts")
+    yield from _divides(
+        layout.expert, "parallel.expert", model.get("num_moe_experts"), "model.num_moe_experts"
+    )
     for field in ("num_attention_heads", "num_query_groups", "vocab_size"):
         yield from _divides(layout.tensor, "parallel.tensor", model.get(field), f"model.{field}")
-    yield from _divides(layout.tensor * layout.context, "parallel.tensor", plan.data.seq_length, "data.seq_length")
+    yield from _divides(
+        layout.tensor * layout.context, "parallel.tensor", plan.data.seq_length, "data.seq_length"
+    )
     if layout.expert > 1 and not model.get("num_moe_experts"):
         yield Problem("parallel.expert > 1 but the model has no experts", "parallel.expert", "set it to 1")
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
@@ -148,7 +154,9 @@ def _batches(plan: Plan) -> Iterable[Problem]:
         return
     batch = plan.train.global_batch
     if batch.is_constant and batch.at(0, 0) % unit:
-        said = f"train.global_batch={batch.at(0, 0):g} is not a multiple of micro_batch x data parallel = {unit}"
+        said = (
+            f"train.global_batch={batch.at(0, 0):g} is not a multiple of micro_batch x data parallel = {unit}"
+        )
         yield Problem(said, "train.global_batch", f"use a multiple of {unit}")
     elif not batch.is_constant and batch.at(0, 0) < unit:
         said = f"train.global_batch starts at {batch.at(0, 0):g}, below micro_batch x data parallel = {unit}"

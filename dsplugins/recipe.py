@@ -54,7 +54,9 @@ class Recipe:
         try:
             plain: Any = OmegaConf.to_container(merged, resolve=True)
         except OmegaConfBaseException as error:
-            problems.append(Problem(str(error).splitlines()[0], "", "references look like ${model.hidden_size}"))
+            problems.append(
+                Problem(str(error).splitlines()[0], "", "references look like ${model.hidden_size}")
+            )
             return
         plugins: dict[str, Any] = plain.get("plugins") or {}
         self.removed = tuple(name for name, values in plugins.items() if values is None)
@@ -62,7 +64,9 @@ class Recipe:
         self.sections: dict[str, dict[str, Any]] = {name: plain.get(name) or {} for name in SECTIONS}
         for name, values in {**self.sections, **{f"plugins.{k}": v for k, v in self.plugins.items()}}.items():
             if not isinstance(values, dict):
-                problem = Problem(f"{name}={values!r} is not a mapping", name, f"write `{name.split('.')[-1]}: {{}}`")
+                problem = Problem(
+                    f"{name}={values!r} is not a mapping", name, f"write `{name.split('.')[-1]}: {{}}`"
+                )
                 problems.append(self.located([problem])[0])
 
     def _read(self, path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> DictConfig:
@@ -90,7 +94,9 @@ class Recipe:
         for text in overrides:
             key, equals, raw = text.partition("=")
             if not equals or not key:
-                problems.append(Problem(f"{text!r} is not KEY=VALUE", "", "write train.steps=10", COMMAND_LINE))
+                problems.append(
+                    Problem(f"{text!r} is not KEY=VALUE", "", "write train.steps=10", COMMAND_LINE)
+                )
                 continue
             try:
                 value = yaml.load(raw, Loader=_Loader) if raw else None
@@ -153,7 +159,9 @@ def _parse(path: Path, shown: str, problems: list[Problem]) -> yaml.MappingNode 
         root = yaml.compose(text, Loader=_Loader)
     except OSError as error:
         said = f"{shown}: {error.strerror or error}"
-        problems.append(Problem(said, "", "check the path; `dsplugins recipes` lists the shipped ones", f"{shown}:1"))
+        problems.append(
+            Problem(said, "", "check the path; `dsplugins recipes` lists the shipped ones", f"{shown}:1")
+        )
         return None
     except UnicodeDecodeError:
         problems.append(Problem("is not a text file", "", "give a YAML file", f"{shown}:1"))
@@ -190,7 +198,9 @@ def _walk(node: yaml.MappingNode, prefix: str, shown: str, places: dict[str, str
 
 def _node_faults(key: str, name: str, value: yaml.Node, place: str) -> Iterator[Problem]:
     if name == "_target_":
-        yield Problem(f"{key}: a recipe is data and can't name code", key, "name a plugin under plugins:", place)
+        yield Problem(
+            f"{key}: a recipe is data and can't name code", key, "name a plugin under plugins:", place
+        )
     if isinstance(value, yaml.ScalarNode):
         yield from _text_faults(key, value.value, place)
     elif isinstance(value, yaml.SequenceNode):

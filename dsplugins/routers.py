@@ -21,7 +21,7 @@ def names(config: Any) -> tuple[str, ...]:
     return (*decoder, *(f"mtp.{i}" for i in range(depths) if mtp_moe))
 
 
-def local(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
+def local(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Any]]:
     """(name, router) of the routers that this rank holds."""
     for chunk in map(bare, chunks):
         for layer in chunk.decoder.layers:

@@ -107,7 +107,11 @@ def settle(plan: Plan, plugins: Plugins, recipe: Recipe) -> Settings:
         said = f"model.{field} can't follow a schedule: megatron-core reads it once"
         problems.append(Problem(said, f"model.{field}", f"only these can: {', '.join(SCHEDULABLE)}"))
     model |= {k: v.at(0, 0) for k, v in scheduled.items()}
-    classes = {"model": MLATransformerConfig, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
+    classes = {
+        "model": MLATransformerConfig,
+        "optimizer": OptimizerConfig,
+        "ddp": DistributedDataParallelConfig,
+    }
     values = {"model": model, "optimizer": book.section("optimizer"), "ddp": book.section("ddp")}
     for section, cls in classes.items():
         problems += check_megatron(cls, values[section], section)
@@ -149,7 +153,9 @@ def _construct(cls: type, values: Mapping[str, Any], section: str, problems: lis
         return cls(**values)
     except (ValueError, AssertionError, TypeError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        problems.append(Problem(f"{section}: megatron-core refuses: {said}", section, "change the fields it names"))
+        problems.append(
+            Problem(f"{section}: megatron-core refuses: {said}", section, "change the fields it names")
+        )
         return None
 
 

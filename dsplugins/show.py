@@ -36,7 +36,9 @@ class Display:
             table.add_row(item.slot, item.name, f"{item.offer.distribution} {item.offer.version}")
         self.console.print(table)
         sizes = {k: v for k, v in vars(plan.layout).items() if v > 1 and k != "world_size"}
-        layout = ", ".join(f"{k} {v}" for k, v in sizes.items()) or "none of tensor, pipeline, expert, context"
+        layout = (
+            ", ".join(f"{k} {v}" for k, v in sizes.items()) or "none of tensor, pipeline, expert, context"
+        )
         self.say(f"layout: {plan.layout.world_size} processes, data parallel {plan.layout.data}, {layout}")
         for name, value in facts.items():
             self.say(f"{name}: {value}")
@@ -72,7 +74,9 @@ class Display:
 
     def evaluation(self, found: Evaluation, baselines: Mapping[str, float]) -> None:
         """Validation loss beside models that anyone should beat."""
-        self.say(f"validation at step {found.step}: loss {found.loss:.5f} nats a token ({found.sequences} sequences)")
+        self.say(
+            f"validation at step {found.step}: loss {found.loss:.5f} nats a token ({found.sequences} sequences)"
+        )
         for name, value in baselines.items():
             verdict = "beaten" if found.loss < value else "NOT beaten"
             self.say(f"  entropy of a {name} model on the same text: {value:.5f} ({verdict})")

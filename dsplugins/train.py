@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins.contracts import EnvironmentUnfit, Evaluation, Plan, Problem, RecipeError, RunEnd, Settings, Step
+from dsplugins.contracts import (
+    EnvironmentUnfit,
+    Evaluation,
+    Plan,
+    Problem,
+    RecipeError,
+    RunEnd,
+    Settings,
+    Step,
+)
 from dsplugins.manager import Plugins, choose
 from dsplugins.plan import make_plan
 from dsplugins.rundir import RunDirectory, versions
@@ -76,7 +85,7 @@ class Run:
         model.start_groups(plan.layout, plan.train.seed)
         self.schedule = plugins.slot("schedule", plan=plan)
         self.forward_backward = self.schedule.forward_backward()
-        self.chunks = model.build(plan, self.settings, plugins, self.device)
+        self.chunks: list[Any] = model.build(plan, self.settings, plugins, self.device)
         plugins.event("ds_model_built", plan=plan, settings=self.settings, chunks=self.chunks)
         self.optimizer = plugins.slot("optimizer", config=self.settings.optimizer, chunks=self.chunks)
         self.balance = routers.Balance(self.settings.model, self.chunks)
@@ -183,7 +192,9 @@ class Run:
                 setattr(config, name, value)
         return values
 
-    def _sums(self, losses: Sequence[dict[str, Any]], count: int) -> tuple[float, float | None, float | None, Any]:
+    def _sums(
+        self, losses: Sequence[dict[str, Any]], count: int
+    ) -> tuple[float, float | None, float | None, Any]:
         """Loss, MTP loss, balance loss and counts, the same on every rank: one small all-reduce a step."""
         import torch
         from megatron.core import parallel_state
@@ -203,7 +214,9 @@ class Run:
         MTPLossLoggingHelper.clean_metrics_in_tracker()
         torch.distributed.all_reduce(sums)
         numbers = sums.cpu()
-        counts = numbers[3:].round().to(torch.int64).view_as(self.balance.counts) if self.balance.names else None
+        counts = (
+            numbers[3:].round().to(torch.int64).view_as(self.balance.counts) if self.balance.names else None
+        )
         mtp = float(numbers[1]) if self.settings.model.mtp_num_layers else None
         aux = float(numbers[2]) if self.balance.names else None
         return float(numbers[0]), mtp, aux, counts
@@ -349,13 +362,16 @@ def agree(recipe: Recipe, plugins: Plugins) -> None:
         others = [rank for rank, theirs in enumerate(everyone) if theirs[what] != everyone[0][what]]
         if others:
             shown = ", ".join(map(str, others[:8]))
-            raise EnvironmentUnfit(f"ranks {shown} have other {what} than rank 0: install and start the same everywhere")
+            raise EnvironmentUnfit(
+                f"ranks {shown} have other {what} than rank 0: install and start the same everywhere"
+            )
 
 
 def _fitting_data(plan: Plan, settings: Settings, data: Data) -> None:
     problems = []
     if data.vocab_size > settings.vocab_size:
-        said = f"model.vocab_size={settings.vocab_size} is less than the {data.vocab_size} tokens of {plan.slots['data']}"
+        owner = plan.slots["data"]
+        said = f"model.vocab_size={settings.vocab_size} is less than the {data.vocab_size} tokens of {owner}"
         problems.append(Problem(said, "model.vocab_size", f"set it to {data.vocab_size} or more"))
     if plan.evaluate.sequences and data.validation_size < plan.train.micro_batch * plan.layout.data:
         said = f"{plan.slots['data']} has {data.validation_size} validation samples, fewer than one a rank"

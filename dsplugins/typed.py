@@ -135,7 +135,11 @@ def field_docs(cls: type) -> dict[str, str]:
         return {}
     docs, body = {}, tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
     for this, following in zip(body, body[1:], strict=False):
-        if isinstance(this, ast.AnnAssign) and isinstance(this.target, ast.Name) and isinstance(following, ast.Expr):
+        if (
+            isinstance(this, ast.AnnAssign)
+            and isinstance(this.target, ast.Name)
+            and isinstance(following, ast.Expr)
+        ):
             value = following.value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 docs[this.target.id] = inspect.cleandoc(value.value)

@@ -73,7 +73,9 @@ def _complete(recipe: object, directory: Path, fresh: bool) -> bool:
         click.echo(f"{directory}: this run is complete ({status['steps']} steps); --fresh starts it over")
         return True
     if (directory / "metrics.jsonl").exists() and not run.same_recipe(recipe):
-        raise EnvironmentUnfit(f"{directory} holds a run of another recipe: --fresh starts over, run.directory=... beside")
+        raise EnvironmentUnfit(
+            f"{directory} holds a run of another recipe: --fresh starts over, run.directory=... beside"
+        )
     if (directory / "metrics.jsonl").exists() and os.path.getsize(directory / "metrics.jsonl"):
         click.echo(f"{directory}: an unfinished run is here; this version can't resume, it starts over")
     run.clear()

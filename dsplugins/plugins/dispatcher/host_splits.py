@@ -11,7 +11,9 @@ SPLITS = ("input_splits", "output_splits", "output_splits_tp")
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     """Stock on CUDA. On CPU core leaves split sizes as tensors, which no all-to-all takes: they become lists."""
 
-    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor:
+    def _maybe_dtoh_and_synchronize(
+        self, point: str, tokens_per_expert: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if tokens_per_expert is None or tokens_per_expert.is_cuda:
             return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == self.cuda_dtoh_point:

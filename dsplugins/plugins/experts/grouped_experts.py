@@ -18,7 +18,9 @@ class GroupedExperts(MegatronModule):
     Parameters: `weight1` [E, 2I, H], gate rows first; `weight2` [E, H, I].
     """
 
-    def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, name: str | None = None) -> None:
+    def __init__(
+        self, num_local_experts: int, config: Any, pg_collection: Any = None, name: str | None = None
+    ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
@@ -77,5 +79,7 @@ class GroupedExperts(MegatronModule):
                     prepend_axis_num=len(offsets),
                 )
                 key = f"{prefix}local_experts.{index}.{layer}.weight"
-                sharded[key] = apply_swiglu_sharded_factory(tensor, offsets) if layer == "linear_fc1" else tensor
+                sharded[key] = (
+                    apply_swiglu_sharded_factory(tensor, offsets) if layer == "linear_fc1" else tensor
+                )
         return sharded

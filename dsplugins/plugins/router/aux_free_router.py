@@ -39,7 +39,10 @@ class AuxFreeRouter(CountingRouter):
         """(probs, map) [T, E] from affinities [T, E]: bias to select, none in the weights."""
         config = self.config
         chosen = group_limited(
-            scores + self.expert_bias, config.moe_router_topk, config.moe_router_num_groups, config.moe_router_group_topk
+            scores + self.expert_bias,
+            config.moe_router_topk,
+            config.moe_router_num_groups,
+            config.moe_router_group_topk,
         )
         weights = torch.gather(scores, dim=1, index=chosen).type_as(scores)
         if config.moe_router_topk > 1:

@@ -21,9 +21,13 @@ class CountingRouter(Router):
         device = self.weight.device
         experts = config.num_moe_experts
         self.register_buffer(
-            "local_tokens_per_expert", torch.zeros(experts, dtype=torch.float32, device=device), persistent=False
+            "local_tokens_per_expert",
+            torch.zeros(experts, dtype=torch.float32, device=device),
+            persistent=False,
         )
-        self.register_buffer("aux_loss_sum", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer(
+            "aux_loss_sum", torch.zeros((), dtype=torch.float32, device=device), persistent=False
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CountingRouter:
         """Move with the module, but keep buffers in float32: in bfloat16 counts stop at 256."""
