@@ -67,7 +67,8 @@ def _layer(layer: Any, moe: bool, reference: dict[str, Any]) -> Iterable[str]:
         yield f"attention is {type(layer.self_attention).__name__}, chosen was {wanted.__name__}"
     core = reference["backend"].core_attention()
     if isinstance(core, type) and type(layer.self_attention.core_attention) is not core:
-        yield f"core attention is {type(layer.self_attention.core_attention).__name__}, chosen was {core.__name__}"
+        stands = type(layer.self_attention.core_attention).__name__
+        yield f"core attention is {stands}, chosen was {core.__name__}"
     yield from _projections(layer.self_attention, reference["attention"].submodules)
     norm = reference["backend"].layer_norm()
     for name in ("input_layernorm", "pre_mlp_layernorm"):
@@ -114,7 +115,7 @@ def _numbers(config: Any) -> Iterable[str]:
         try:
             import transformer_engine  # noqa: F401
         except ImportError:
-            yield "fp8 is set and transformer-engine is absent: megatron-core would train in 16 bits without a word"
+            yield "fp8 is set, transformer-engine is absent: megatron-core would train in 16 bits, silently"
     if config.moe_router_enable_expert_bias:
         yield "moe_router_enable_expert_bias is set: biases would be updated twice"
 

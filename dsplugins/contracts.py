@@ -243,7 +243,7 @@ class Data(Protocol):
     """What to show at the start: files, bytes, tokens of each split."""
 
     def train(self, index: int) -> torch.Tensor:
-        """Training sample `index` (any non-negative integer): int64 [S + 1]. Pure: same index, same tokens."""
+        """Training sample `index`, any from 0 on: int64 [S + 1]. Pure: same index, same tokens."""
 
     def validation(self, index: int) -> torch.Tensor:
         """Validation sample `index` < `validation_size`: int64 [S + 1]."""

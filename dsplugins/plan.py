@@ -143,7 +143,8 @@ def _layout(plan: Plan) -> Iterable[Problem]:
     if not model.get("pipeline_model_parallel_layout"):
         stages = layout.pipeline * layout.virtual_pipeline
         if isinstance(model.get("num_layers"), int) and model["num_layers"] % stages:
-            said = f"pipeline x virtual_pipeline = {stages} does not divide model.num_layers={model['num_layers']}"
+            layers = model["num_layers"]
+            said = f"pipeline x virtual_pipeline = {stages} does not divide model.num_layers={layers}"
             remedy = "choose a divisor, or place layers with model.pipeline_model_parallel_layout"
             yield Problem(said, "parallel.pipeline", remedy)
 

@@ -246,7 +246,10 @@ def _chain(raw: Sequence[Mapping[str, Any]], faults: list[str]) -> list[Phase]:
     """Phases of well-formed mappings; adds to `faults` what is wrong with one after the other."""
     phases: list[Phase] = []
     for number, item in enumerate(raw, 1):
-        until, unit = _until(item["until"]) if "until" in item else (None, "tokens")
+        until: int | None = None
+        unit: Unit = "tokens"
+        if "until" in item:
+            until, unit = _until(item["until"])
         last = phases[-1] if phases else None
         faults += [f"phase {number}: {fault}" for fault in _chain_faults(item, until, unit, phases)]
         end = float(item.get("value", item.get("to")))

@@ -75,7 +75,8 @@ class Display:
     def evaluation(self, found: Evaluation, baselines: Mapping[str, float]) -> None:
         """Validation loss beside models that anyone should beat."""
         self.say(
-            f"validation at step {found.step}: loss {found.loss:.5f} nats a token ({found.sequences} sequences)"
+            f"validation at step {found.step}: loss {found.loss:.5f} nats a token "
+            f"({found.sequences} sequences)"
         )
         for name, value in baselines.items():
             verdict = "beaten" if found.loss < value else "NOT beaten"

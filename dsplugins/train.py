@@ -59,7 +59,7 @@ def _right_world(plan: Plan) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != plan.run.world_size:
         raise EnvironmentUnfit(
-            f"{world} processes were started, the recipe's layout is for run.world_size={plan.run.world_size}: "
+            f"{world} processes were started, the recipe is for run.world_size={plan.run.world_size}: "
             f"start {plan.run.world_size}, or set run.world_size={world}"
         )
 

@@ -20,8 +20,8 @@ class Misfit(ValueError):
     """A value that does not fit its type; the message continues `KEY=VALUE `."""
 
 
-def build(cls: type, values: Mapping[str, Any], prefix: str, who: str) -> tuple[Any, list[Problem]]:
-    """(an instance of dataclass `cls`, []) or (None, every problem). `prefix` is the dotted key of `values`."""
+def build(cls: Any, values: Mapping[str, Any], prefix: str, who: str) -> tuple[Any, list[Problem]]:
+    """(an instance of dataclass `cls`, []) or (None, all problems); `prefix` is the dotted key of `values`."""
     if not isinstance(values, Mapping):
         return None, [Problem(f"{prefix}={values!r} is not a mapping", prefix, "write KEY: VALUE below it")]
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -38,8 +38,6 @@ def build(cls: type, values: Mapping[str, Any], prefix: str, who: str) -> tuple[
                 problems.append(Problem(said, key, _first_line(cls, name)))
         elif field.default is MISSING and field.default_factory is MISSING:
             problems.append(Problem(f"{key} is missing", key, _first_line(cls, name)))
-        elif _is_schedule(hints[name]) and not isinstance(field.default, Schedule | None):
-            built[name] = Schedule.parse(field.default)
     return (None, problems) if problems else (cls(**built), [])
 
 
@@ -108,19 +106,15 @@ def _either(arguments: tuple[Any, ...], value: Any) -> Any:
 
 
 def _within(bound: Range, value: Any) -> None:
-    numbers = (value,) if isinstance(value, int | float) else ()
+    numbers: tuple[float, ...] = (value,) if isinstance(value, int | float) else ()
     if isinstance(value, Schedule):
         numbers = (value.lowest, value.highest)
     for number in numbers:
         low = bound.minimum is not None and number < bound.minimum
         high = bound.maximum is not None and number > bound.maximum
         if low or high:
-            ends = f"{'' if bound.minimum is None else bound.minimum} to {'' if bound.maximum is None else bound.maximum}"
-            raise Misfit(f"is out of range ({ends.strip()})")
-
-
-def _is_schedule(hint: Any) -> bool:
-    return hint is Schedule or any(_is_schedule(argument) for argument in get_args(hint))
+            ends = ["" if end is None else f"{end:g}" for end in (bound.minimum, bound.maximum)]
+            raise Misfit(f"is out of range ({' to '.join(ends).strip()})")
 
 
 def _first_line(cls: type, name: str) -> str:

@@ -12,7 +12,7 @@ from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.plugins.data.files import Document, Split
 from dsplugins.plugins.data.fim import training_tokens
 from dsplugins.plugins.data.ngram import cross_entropies
-from dsplugins.plugins.data.packing import Stream, Windows
+from dsplugins.plugins.data.packing import Order, Stream, Windows
 from dsplugins.plugins.data.prompt import held_out_line
 from dsplugins.plugins.data.tokens import EOS, VOCAB_SIZE, Tokens, decode, encode, joined
 
@@ -41,6 +41,7 @@ class Corpus:
         self._evaluated, self._together = evaluated, together
         turned = [training_tokens(document, seed=seed, rate=fim_rate) for document in split.train]
         self._stream = Stream([document.name for document in split.train], turned, seed)
+        self._order = Order(self._stream.epoch_tokens // seq_length, seed)
         plain = _plain(split.validation)
         self._windows = Windows(plain, seq_length)
         self.facts: Mapping[str, Any] = {
@@ -56,8 +57,9 @@ class Corpus:
         }
 
     def train(self, index: int) -> torch.Tensor:
-        """Training sample `index`, int64 [S + 1]: a cut of the endless packed stream (see `packing`)."""
-        return _tensor(self._stream.read(index * self._seq_length, self._seq_length + 1))
+        """Training sample `index`, int64 [S + 1]: a cut of the endless packed stream, shuffled (see `packing`)."""
+        start = self._order[index] * self._seq_length
+        return _tensor(self._stream.read(start, self._seq_length + 1))
 
     def validation(self, index: int) -> torch.Tensor:
         """Validation sample `index`, int64 [S + 1]: plain held-out text, never fill-in-middle."""

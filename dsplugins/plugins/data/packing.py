@@ -4,7 +4,7 @@ DeepSeek-V3 packs documents without a cross-sample mask (section 4.1). Sample i 
 [i S, i S + S] of the stream, S + 1 of them: its last one is only a target here and the first input
 of the next sample. An epoch is every document once, in an order that (seed, epoch) decide; epochs
 follow each other without a gap, so a sample may begin in one epoch and end in the next, and every
-token is a target exactly once an epoch.
+token is a target exactly once an epoch. `Order` then shuffles the samples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dsplugins.plugins.data.draws import shuffled
+from dsplugins.plugins.data.draws import draws, shuffled
 from dsplugins.plugins.data.tokens import Tokens, joined
 
 
@@ -69,6 +69,29 @@ class Stream:
             order = np.array(self.order(epoch), dtype=np.int64)
             self._orders[epoch] = (order, np.cumsum(np.diff(self._starts)[order]))
         return self._orders[epoch]
+
+
+class Order:
+    """Training samples in an order of their own, so that one step does not read one long file.
+
+    Blocks of about an epoch of samples are shuffled one by one; (seed, block) decide each order. Every
+    sample of the stream comes exactly once.
+    """
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self._samples, self._seed = max(samples, 1), seed
+        self._blocks: dict[int, list[int]] = {}
+
+    def __getitem__(self, index: int) -> int:
+        """Which sample of the stream is the `index`-th one trained on."""
+        block, place = divmod(index, self._samples)
+        if block not in self._blocks:
+            # Reads go forward; a step may straddle two blocks.
+            while len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
+            keys = [draws("sample", self._seed, block, i) for i in range(self._samples)]
+            self._blocks[block] = sorted(range(self._samples), key=keys.__getitem__)
+        return block * self._samples + self._blocks[block][place]
 
 
 class Windows:

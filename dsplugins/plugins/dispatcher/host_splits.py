@@ -9,7 +9,7 @@ SPLITS = ("input_splits", "output_splits", "output_splits_tp")
 
 
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Stock on CUDA. On CPU core leaves split sizes as tensors, which no all-to-all takes: they become lists."""
+    """Stock on CUDA. On CPU core leaves split sizes as tensors, which no all-to-all takes: lists here."""
 
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: torch.Tensor | None = None

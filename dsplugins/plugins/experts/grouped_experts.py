@@ -47,7 +47,7 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """Output [T, H] of tokens [T, H] sorted by expert; counts [E_local]; probs [T], before the second product."""
+        """Output [T, H] of tokens [T, H] sorted by expert; counts [E_local]; probs [T]."""
         tokens = permuted_local_hidden_states
         if tokens.shape[0] == 0:
             # Every weight takes part, so that every rank has a gradient to reduce.

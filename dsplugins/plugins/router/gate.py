@@ -40,7 +40,7 @@ class CountingRouter(Router):
         return self
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [S, B, E] in `moe_router_dtype`, without core's check of the weight's device in each call."""
+        """Logits [S, B, E] in `moe_router_dtype`; core checks the weight's device in each call, this doesn't."""
         dtypes = {"fp32": torch.float32, "fp64": torch.float64}
         dtype = dtypes.get(self.config.moe_router_dtype, input.dtype)
         return router_gating_linear(input, self.weight, self.bias, dtype)
@@ -62,7 +62,7 @@ class CountingRouter(Router):
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
     def summed_over_sequence(self, counts: torch.Tensor) -> torch.Tensor:
-        """Counts summed over the ranks that hold parts of the same sequences (TP with sequence parallel, CP)."""
+        """Counts summed over the ranks that hold parts of the same sequences (sequence parallel, CP)."""
         group = self.tp_cp_group
         if group.size() > 1:
             counts = counts.clone()

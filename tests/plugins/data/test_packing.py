@@ -90,3 +90,14 @@ def test_first_windows_speak_for_the_whole(count):
     windows = Windows(np.arange(2 * count + 1, dtype=np.uint16), 2)
     eighths = {int(windows.read(i)[0]) * 4 // count for i in range(min(count, 24))}
     assert len(eighths) == min(count, 8)
+
+
+def test_every_sample_comes_once_a_block_in_an_order_of_its_own():
+    from dsplugins.plugins.data.packing import Order
+
+    order = Order(50, seed=1)
+    first, second = [order[i] for i in range(50)], [order[i] for i in range(50, 100)]
+    assert sorted(first) == list(range(50)) and sorted(second) == list(range(50, 100))
+    assert first != list(range(50)) and [i - 50 for i in second] != first
+    assert [Order(50, seed=1)[i] for i in (60, 3)] == [second[10], first[3]], "order of reads does not matter"
+    assert [Order(50, seed=2)[i] for i in range(50)] != first

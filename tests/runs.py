@@ -1,0 +1,47 @@
+"""Runs of a tiny recipe inside a resident worker: what several tests look at."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
+    """Train in this worker's world; rows of `metrics.jsonl`, counts, and facts of the built model."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    from dsplugins import train
+    from dsplugins.manager import choose
+    from dsplugins.plan import make_plan
+    from dsplugins.recipe import Recipe
+    from dsplugins.rundir import RunDirectory
+    from dsplugins.show import Display
+
+    world = torch.distributed.get_world_size()
+    os.environ |= {"WORLD_SIZE": str(world), "RANK": str(torch.distributed.get_rank())}
+    MTPLossLoggingHelper.tracker.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
+        plugins = choose(loaded)
+        plan = make_plan(loaded, plugins)
+        started, train.start_process_group = train.start_process_group, lambda platform: torch.distributed.get_rank()
+        try:
+            run = train.Run(loaded, plan, plugins, RunDirectory(Path(folder)), Display(speaks=False))
+            rows, counts = [], []
+            done = consumed = 0
+            while done < plan.train.steps:
+                step, row = run._step(done, consumed)
+                done, consumed = step.step, consumed + step.global_batch
+                rows.append(row)
+                counts.append(step.expert_counts.tolist() if step.expert_counts is not None else None)
+            run._evaluate(done)
+            evaluation = vars(run.evaluation)
+        finally:
+            train.start_process_group = started
+            parallel_state.destroy_model_parallel()
+    return {"rows": rows, "counts": counts, "evaluation": evaluation}
