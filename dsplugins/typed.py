@@ -21,7 +21,7 @@ class Misfit(ValueError):
 
 
 def build(cls: Any, values: Mapping[str, Any], prefix: str, who: str) -> tuple[Any, list[Problem]]:
-    """(an instance of dataclass `cls`, []) or (None, all problems); `prefix` is the dotted key of `values`."""
+    """(an instance of dataclass `cls`, []) or (None, all problems); `prefix`: dotted key of `values`."""
     if not isinstance(values, Mapping):
         return None, [Problem(f"{prefix}={values!r} is not a mapping", prefix, "write KEY: VALUE below it")]
     hints = typing.get_type_hints(cls, include_extras=True)

@@ -29,7 +29,8 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
         loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
         plugins = choose(loaded)
         plan = make_plan(loaded, plugins)
-        started, train.start_process_group = train.start_process_group, lambda platform: torch.distributed.get_rank()
+        started = train.start_process_group
+        train.start_process_group = lambda platform: torch.distributed.get_rank()
         try:
             run = train.Run(loaded, plan, plugins, RunDirectory(Path(folder)), Display(speaks=False))
             rows, counts = [], []

@@ -57,7 +57,7 @@ class Corpus:
         }
 
     def train(self, index: int) -> torch.Tensor:
-        """Training sample `index`, int64 [S + 1]: a cut of the endless packed stream, shuffled (see `packing`)."""
+        """Training sample `index`, int64 [S + 1]: a cut of the packed stream, shuffled (see `packing`)."""
         start = self._order[index] * self._seq_length
         return _tensor(self._stream.read(start, self._seq_length + 1))
 

@@ -40,7 +40,7 @@ class CountingRouter(Router):
         return self
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [S, B, E] in `moe_router_dtype`; core checks the weight's device in each call, this doesn't."""
+        """Logits [S, B, E] in `moe_router_dtype`; without core's check of devices."""
         dtypes = {"fp32": torch.float32, "fp64": torch.float64}
         dtype = dtypes.get(self.config.moe_router_dtype, input.dtype)
         return router_gating_linear(input, self.weight, self.bias, dtype)

@@ -42,8 +42,10 @@ def digest_of(data):
 def documents_of(data):
     """The training text of one epoch as documents, without the mark that ends each."""
     length = data.train(0).numel() - 1
-    samples = range(data.facts["train_tokens"] // length + 1)
-    stream = [token for index in samples for token in data.train(index)[:-1].tolist()]
+    whole = data.facts["train_tokens"] // length
+    # Samples are shuffled; put back in the stream's order, with the beginning of the rest behind them.
+    found = {data._order[index]: data.train(index) for index in range(2 * whole)}
+    stream = [token for index in range(whole + 1) for token in found[index][:-1].tolist()]
     return data.decode(stream[: data.facts["train_tokens"]]).split("<eos>")[:-1]
 
 

@@ -1,0 +1,88 @@
+"""`dsplugins explain RECIPE [KEY]`: every effective value with its origin, every slot with its owner."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dsplugins.contracts import Plan
+    from dsplugins.manager import Plugins
+    from dsplugins.recipe import Recipe
+
+
+@click.command("explain")
+@click.argument("recipe")
+@click.argument("key", required=False)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As on train's command line.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def command(recipe: str, key: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what RECIPE comes to: slots, then each value and who wrote it; only below KEY if given."""
+    from dsplugins.contracts import RecipeError
+    from dsplugins.manager import choose
+    from dsplugins.plan import make_plan
+    from dsplugins.recipe import Recipe
+    from dsplugins.settings import ledger
+
+    loaded = Recipe.load(recipe, overrides)
+    try:
+        plugins = choose(loaded)
+    except RecipeError as error:
+        raise RecipeError(loaded.located(error.problems)) from None
+    plan = make_plan(loaded, plugins)
+    book = ledger(plan, plugins, loaded)
+    if book.problems:
+        raise RecipeError(loaded.located(book.problems))
+    rows = [*_slots(plugins), *_sections(loaded, plan), *_options(loaded, plugins)]
+    rows += [(k, _show(v), book.writers[k]) for k, v in sorted(book.values.items())]
+    if key:
+        rows = [row for row in rows if row[0] == key or row[0].startswith(key + ".")]
+        if not rows:
+            raise click.UsageError(f"{recipe} comes to nothing called {key}")
+    if as_json:
+        click.echo(
+            json.dumps([dict(zip(("key", "value", "origin"), row, strict=True)) for row in rows], indent=1)
+        )
+        return
+    width = max(len(row[0]) for row in rows)
+    for name, value, origin in rows:
+        click.echo(f"{name:{width}}  {value}  [{origin}]")
+
+
+def _slots(plugins: Plugins) -> Iterator[tuple[str, str, str]]:
+    for item in plugins:
+        yield f"slot.{item.slot}", item.name, f"{item.offer.distribution} {item.offer.version}"
+
+
+def _sections(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, str]]:
+    named = {
+        "parallel": plan.layout,
+        "data": plan.data,
+        "train": plan.train,
+        "evaluate": plan.evaluate,
+        "run": plan.run,
+    }
+    for section, values in named.items():
+        for field in fields(values):
+            if section == "parallel" and field.name == "world_size":
+                continue
+            key = f"{section}.{field.name}"
+            given = field.name in recipe.sections.get(section, {})
+            yield key, _show(getattr(values, field.name)), recipe.place(key) if given else "default"
+
+
+def _options(recipe: Recipe, plugins: Plugins) -> Iterator[tuple[str, str, str]]:
+    for item in plugins:
+        for field in fields(item.options) if is_dataclass(item.options) else ():
+            key = f"plugins.{item.name}.{field.name}"
+            given = field.name in recipe.plugins[item.name]
+            yield key, _show(getattr(item.options, field.name)), recipe.place(key) if given else "default"
+
+
+def _show(value: Any) -> str:
+    return str(value)
