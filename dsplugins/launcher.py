@@ -1,17 +1,33 @@
-"""Local processes of a run, started by torchrun's own library, with their exit codes kept."""
+"""Local processes of a run, started as torchrun would start them, with their exit codes kept.
+
+torchrun's own library (`torch.distributed.elastic`) is not used: it turns a stop into a `SignalException`
+that drops the ranks' codes, kills a rank that still writes its checkpoint after 30 s, looks once a second
+and so can't tell which rank failed first, and costs an import of torch before anything starts.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+STOPPED = 75
+"""Exit code of a rank that stopped early, as it was asked to."""
+ECHO = 2.0
+"""Seconds that the other ranks have to end by themselves, and to say why, when one has failed."""
+PARTING = 60.0
+"""The same when one has stopped early: the others may still be writing their part of a checkpoint."""
 GRACE = 20.0
-"""Seconds between SIGTERM and SIGKILL for ranks that are left when one has failed."""
+"""Seconds between SIGTERM and SIGKILL for ranks that are left."""
 
 
 def inside_torchrun() -> bool:
@@ -20,32 +36,59 @@ def inside_torchrun() -> bool:
 
 
 def run_local(world_size: int, arguments: Sequence[str], command: Sequence[str] | None = None) -> int:
-    """Run `python -m dsplugins ARGUMENTS` (or `command`) as `world_size` ranks; their first bad code, or 0.
+    """Run `python -m dsplugins ARGUMENTS` (or `command`) as `world_size` ranks on this machine.
 
-    torchrun turns every code into 1, so the ranks are started as its static rendezvous would start
-    them: the same environment variables, one port, no restarts.
+    Returns 0, the code of the rank that failed first (128 + n if signal n killed it), or 75 if all
+    that ended otherwise stopped early. SIGTERM and SIGINT are handed on to the ranks; when one rank fails,
+    all are ended. No restarts.
     """
     line = list(command) if command else [sys.executable, "-m", "dsplugins", *arguments]
     port = _free_port()
-    ranks = [subprocess.Popen(line, env=_environment(rank, world_size, port)) for rank in range(world_size)]
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _handed_on(ranks):
+        try:
+            for rank in range(world_size):
+                ranks.append(_start(line, _environment(rank, world_size, port)))
+            return _verdict(_watch(ranks))
+        finally:
+            for process in ranks:
+                process.kill()
+
+
+def _start(line: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """One rank, in a session of its own: Ctrl-C must reach it once, through us, not twice."""
+    leash = _end_with_parent if sys.platform == "linux" else None
+    return subprocess.Popen(line, env=environment, start_new_session=True, preexec_fn=leash)
+
+
+def _end_with_parent() -> None:
+    """Runs in the new process: SIGTERM when the launcher is gone, even if that was killed (prctl(2))."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+@contextmanager
+def _handed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Meanwhile, signals that ask this process to stop go to the ranks instead."""
 
     def forward(number: int, _: object) -> None:
         for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    asked = [
+        n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, forward) for number in asked}
     try:
-        return _wait(ranks)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // world_size)
     return {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(max(1, _cores() // world_size)),
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -56,34 +99,55 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended; the first failure ends the others."""
-    while True:
-        codes = [process.poll() for process in ranks]
-        bad = next((code for code in codes if code), None)
-        if bad is not None:
-            _end(ranks)
-            return bad if bad > 0 else 128 - bad
-        if all(code == 0 for code in codes):
-            return 0
-        time.sleep(0.05)
+def _cores() -> int:
+    """Cores that this process may use, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Give the others a moment to say the same thing, then end them."""
-    deadline = time.monotonic() + 2.0
-    while time.monotonic() < deadline and any(p.poll() is None for p in ranks):
-        time.sleep(0.05)
-    for process in ranks:
-        if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + GRACE
-    for process in ranks:
+def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Rank -> return code, in the order in which they ended. The first failure ends the others."""
+    ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    for rank, process in enumerate(ranks):
+        threading.Thread(target=_report, args=(rank, process, ended), daemon=True).start()
+    codes: dict[int, int] = {}
+    pressure, limit = signal.SIGTERM, math.inf
+    while len(codes) < len(ranks):
         try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            rank, code = ended.get(timeout=_seconds_until(limit))
+        except queue.Empty:
+            for rank, process in enumerate(ranks):
+                if rank not in codes:
+                    process.send_signal(pressure)
+            pressure, limit = signal.SIGKILL, time.monotonic() + GRACE
+            continue
+        if code < 0 and not any(codes.values()):
+            print(f"rank {rank} was killed by {_signal_name(-code)}", file=sys.stderr, flush=True)
+        if code and pressure == signal.SIGTERM:
+            limit = min(limit, time.monotonic() + (PARTING if code == STOPPED else ECHO))
+        codes[rank] = code
+    return codes
+
+
+def _report(rank: int, process: subprocess.Popen[bytes], ended: queue.SimpleQueue[tuple[int, int]]) -> None:
+    ended.put((rank, process.wait()))
+
+
+def _seconds_until(limit: float) -> float | None:
+    return None if limit == math.inf else max(limit - time.monotonic(), 0.0)
+
+
+def _verdict(codes: dict[int, int]) -> int:
+    bad = [code for code in codes.values() if code]
+    first = next((code for code in bad if code != STOPPED), bad[0] if bad else 0)
+    return first if first >= 0 else 128 - first
+
+
+def _signal_name(number: int) -> str:
+    hint = " (out of memory?)" if number == signal.SIGKILL else ""
+    try:
+        return signal.Signals(number).name + hint
+    except ValueError:
+        return f"signal {number}"
 
 
 def _free_port() -> int:

@@ -17,10 +17,10 @@ from dsplugins.contracts import (
     RunOptions,
     Train,
 )
+from dsplugins.manager import Plugins, choose
 from dsplugins.typed import build
 
 if TYPE_CHECKING:
-    from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
 
 Size = Annotated[int, Range(1)]
@@ -44,39 +44,52 @@ class Parallel:
     """Megatron's context_parallel_size."""
 
 
-def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
-    """The plan of a recipe. Raises RecipeError with every problem of its typed sections and sizes."""
-    problems: list[Problem] = []
-    parts = {
-        name: _section(recipe, name, cls, problems)
-        for name, cls in {
-            "parallel": Parallel,
-            "data": DataOptions,
-            "train": Train,
-            "evaluate": Evaluate,
-            "run": RunOptions,
-        }.items()
-    }
-    if problems:
+def prepare(recipe: Recipe) -> tuple[Plugins, Plan]:
+    """The plugins that a recipe names and its plan; imports neither torch nor megatron-core.
+
+    Raises RecipeError with every problem that can be found so: the text, the plugins, the typed
+    sections, the sizes.
+    """
+    problems = list(recipe.problems)
+    plugins: Plugins | None = None
+    try:
+        plugins = choose(recipe)
+    except RecipeError as error:
+        problems += error.problems
+    plan = _plan(recipe, plugins, problems)
+    if plan:
+        problems += [*_needed(plan), *_length(plan), *_layout(plan), *_batches(plan)]
+    if problems or plugins is None or plan is None:
         raise RecipeError(recipe.located(problems))
+    return plugins, plan
+
+
+def _plan(recipe: Recipe, plugins: Plugins | None, problems: list[Problem]) -> Plan | None:
+    """The plan, or None when a section is wrong; adds to `problems`."""
+    kinds = {
+        "parallel": Parallel,
+        "data": DataOptions,
+        "train": Train,
+        "evaluate": Evaluate,
+        "run": RunOptions,
+    }
+    parts = {name: _section(recipe, name, cls, problems) for name, cls in kinds.items()}
+    if any(part is None for part in parts.values()):
+        return None
     run, parallel = parts["run"], parts["parallel"]
-    plan = Plan(
+    return Plan(
         name=recipe.name,
-        model=dict(recipe.sections.get("model", {})),
-        optimizer=dict(recipe.sections.get("optimizer", {})),
-        ddp=dict(recipe.sections.get("ddp", {})),
+        model=dict(recipe.sections["model"]),
+        optimizer=dict(recipe.sections["optimizer"]),
+        ddp=dict(recipe.sections["ddp"]),
         layout=Layout(world_size=run.world_size, **vars(parallel)),
         data=parts["data"],
         train=parts["train"],
         evaluate=parts["evaluate"],
         run=replace(run, directory=run.directory.replace("{recipe}", recipe.name)),
-        plugins=tuple(item.name for item in plugins),
-        slots=plugins.slots,
+        plugins=tuple(item.name for item in plugins or ()),
+        slots=plugins.slots if plugins else {},
     )
-    problems = [*_needed(plan), *_length(plan), *_layout(plan), *_batches(plan)]
-    if problems:
-        raise RecipeError(recipe.located(problems))
-    return plan
 
 
 def _section(recipe: Recipe, name: str, cls: type, problems: list[Problem]) -> Any:
@@ -168,4 +181,4 @@ def _batches(plan: Plan) -> Iterable[Problem]:
         yield Problem(said, "evaluate.sequences", f"use a multiple of {unit}, or 0")
 
 
-__all__ = ["Parallel", "make_plan"]
+__all__ = ["Parallel", "prepare"]

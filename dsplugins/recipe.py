@@ -33,18 +33,19 @@ class Recipe:
         self.sources: list[Path] = []
         self._places: dict[str, str] = {}
         problems: list[Problem] = []
+        self._readable = True
         merged = self._read(path, (), problems)
         merged = self._override(merged, overrides, problems)
-        if problems:
+        if not self._readable:
             raise RecipeError(problems)
         self._given = path.read_text()
         self._settle(merged, problems)
-        if problems:
-            raise RecipeError(problems)
+        self.problems = tuple(problems)
+        """What is wrong with the text itself; `plan.prepare` reports it with everything else."""
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Read `path`, a file or a shipped recipe's name. Raises RecipeError with every problem."""
+        """Read `path`, a file or a shipped recipe's name. Raises RecipeError if it can't be read at all."""
         file = Path(path)
         if not file.exists() and (recipe_folder() / path).exists():
             file = recipe_folder() / path
@@ -52,38 +53,50 @@ class Recipe:
 
     def _settle(self, merged: DictConfig, problems: list[Problem]) -> None:
         try:
-            plain: Any = OmegaConf.to_container(merged, resolve=True)
+            # A resolver that is not allowed is never called, not even to report it.
+            plain: Any = OmegaConf.to_container(merged, resolve=not problems)
         except OmegaConfBaseException as error:
-            problems.append(
-                Problem(str(error).splitlines()[0], "", "references look like ${model.hidden_size}")
-            )
-            return
-        plugins: dict[str, Any] = plain.get("plugins") or {}
-        self.removed = tuple(name for name, values in plugins.items() if values is None)
-        self.plugins: dict[str, dict[str, Any]] = {k: v for k, v in plugins.items() if v is not None}
-        self.sections: dict[str, dict[str, Any]] = {name: plain.get(name) or {} for name in SECTIONS}
-        for name, values in {**self.sections, **{f"plugins.{k}": v for k, v in self.plugins.items()}}.items():
-            if not isinstance(values, dict):
-                problem = Problem(
-                    f"{name}={values!r} is not a mapping", name, f"write `{name.split('.')[-1]}: {{}}`"
-                )
-                problems.append(self.located([problem])[0])
+            said, place = str(error).splitlines()[0], f"{_shown(self.path)}:1"
+            unknown = Problem(said, "", "references look like ${model.hidden_size}", place)
+            raise RecipeError([*problems, unknown]) from None
+        named: dict[str, Any] = self._mapping("plugins", plain.get("plugins"), problems)
+        self.removed = tuple(name for name, values in named.items() if values is None)
+        self.plugins: dict[str, dict[str, Any]] = {
+            name: self._mapping(f"plugins.{name}", values, problems)
+            for name, values in named.items()
+            if values is not None
+        }
+        self.sections: dict[str, dict[str, Any]] = {
+            name: self._mapping(name, plain.get(name), problems) for name in SECTIONS
+        }
+
+    def _mapping(self, key: str, value: Any, problems: list[Problem]) -> dict[str, Any]:
+        if value is None or isinstance(value, dict):
+            return value or {}
+        remedy = f"write `{key.split('.')[-1]}: {{}}`"
+        problems.append(self.located([Problem(f"{key}={value!r} is not a mapping", key, remedy)])[0])
+        return {}
 
     def _read(self, path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> DictConfig:
         """One file over what it extends; `chain` holds the files that led here."""
         shown, resolved = _shown(path), path.resolve()
         if resolved in chain:
             way = " -> ".join(_shown(p) for p in (*chain[chain.index(resolved) :], resolved))
+            self._readable = False
             problems.append(Problem(f"extends goes in a circle: {way}", "extends", "drop one", f"{shown}:1"))
             return OmegaConf.create({})
         root = _parse(path, shown, problems)
         if root is None:
+            self._readable = False
             return OmegaConf.create({})
         places: dict[str, str] = {}
         problems += _walk(root, "", shown, places)
-        data = yaml.load(yaml.serialize(root), Loader=_Loader) if not problems else {}
+        data = yaml.load(yaml.serialize(root), Loader=_Loader)
         merged = OmegaConf.create({})
-        for base in _extended(data, path, shown, places, problems):
+        known = len(problems)
+        bases = list(_extended(data, path, shown, places, problems))
+        self._readable &= len(problems) == known
+        for base in bases:
             merged = OmegaConf.merge(merged, self._read(base, (*chain, resolved), problems))  # type: ignore[assignment]
         data.pop("extends", None)
         self.sources.append(path)

@@ -22,8 +22,8 @@ from dsplugins.contracts import (
     Settings,
     Step,
 )
-from dsplugins.manager import Plugins, choose
-from dsplugins.plan import make_plan
+from dsplugins.manager import Plugins
+from dsplugins.plan import prepare
 from dsplugins.rundir import RunDirectory, versions
 from dsplugins.show import Display
 
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 def train(recipe: Recipe) -> int:
     """One rank of a run; returns its exit code. Expects torchrun's environment variables."""
     rank = int(os.environ.get("RANK", "0"))
-    plugins = choose(recipe)
-    plan = make_plan(recipe, plugins)
+    plugins, plan = prepare(recipe)
     _right_world(plan)
     directory = RunDirectory(Path(plan.run.directory))
     display = Display(speaks=rank == 0)

@@ -16,8 +16,7 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from dsplugins import train
-    from dsplugins.manager import choose
-    from dsplugins.plan import make_plan
+    from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
     from dsplugins.rundir import RunDirectory
     from dsplugins.show import Display
@@ -27,8 +26,7 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
     MTPLossLoggingHelper.tracker.clear()
     with tempfile.TemporaryDirectory() as folder:
         loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
-        plugins = choose(loaded)
-        plan = make_plan(loaded, plugins)
+        plugins, plan = prepare(loaded)
         started = train.start_process_group
         train.start_process_group = lambda platform: torch.distributed.get_rank()
         try:

@@ -24,17 +24,12 @@ if TYPE_CHECKING:
 def command(recipe: str, key: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what RECIPE comes to: slots, then each value and who wrote it; only below KEY if given."""
     from dsplugins.contracts import RecipeError
-    from dsplugins.manager import choose
-    from dsplugins.plan import make_plan
+    from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
     from dsplugins.settings import ledger
 
     loaded = Recipe.load(recipe, overrides)
-    try:
-        plugins = choose(loaded)
-    except RecipeError as error:
-        raise RecipeError(loaded.located(error.problems)) from None
-    plan = make_plan(loaded, plugins)
+    plugins, plan = prepare(loaded)
     book = ledger(plan, plugins, loaded)
     if book.problems:
         raise RecipeError(loaded.located(book.problems))
@@ -60,7 +55,7 @@ def _slots(plugins: Plugins) -> Iterator[tuple[str, str, str]]:
 
 
 def _sections(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, str]]:
-    named = {
+    named: dict[str, Any] = {
         "parallel": plan.layout,
         "data": plan.data,
         "train": plan.train,

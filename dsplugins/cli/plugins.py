@@ -1,12 +1,24 @@
-"""`dsplugins plugins list` and `show NAME`."""
+"""`dsplugins plugins list` and `dsplugins plugins show NAME`."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
-from typing import Any
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from dsplugins.manager import Offer
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""What a plugin may be called: a dot would split a recipe's key."""
 
 
 @click.group("plugins")
@@ -16,78 +28,142 @@ def command() -> None:
 
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def listing(as_json: bool) -> None:
-    """Every installed plugin, from package metadata alone: nothing of it is imported."""
+def list_plugins(as_json: bool) -> None:
+    """List every installed plugin, from package metadata alone: none of them is imported.
+
+    Installed is not active: a run uses the plugins that its recipe names, and no others.
+    """
+    from dsplugins.cli.columns import columns
+
+    rows = [*_rows(), *_strays()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    shown = ("slot", "name", "distribution", "version")
+    lines = [[*(row[key] for key in shown), "; ".join(row["marks"])] for row in rows]
+    click.echo(columns([["SLOT", "NAME", "DISTRIBUTION", "VERSION", ""], *lines]))
+
+
+def _rows() -> Iterator[dict[str, Any]]:
+    """One row an offer; `marks` says what is wrong with it, as far as metadata tells."""
     from dsplugins.manager import offers
 
-    rows = [
-        {
+    everyone = offers()
+    times = Counter(offer.name for offer in everyone)
+    for offer in everyone:
+        marks = []
+        if times[offer.name] > 1:
+            marks.append(f"offered {times[offer.name]} times: no recipe can name it")
+        if not NAME.fullmatch(offer.name):
+            marks.append("not a plugin name: use a-z, 0-9 and _")
+        yield {
             "slot": offer.slot,
             "name": offer.name,
             "distribution": offer.distribution,
             "version": offer.version,
             "class": offer.entry_point.value,
+            "marks": marks,
         }
-        for offer in offers()
-    ]
-    if as_json:
-        click.echo(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        click.echo(f"{row['slot']:<11} {row['name']:<16} {row['distribution']} {row['version']}")
+
+
+def _strays() -> Iterator[dict[str, Any]]:
+    """Entry points in groups that look like ours but are no slot: nobody will ever find them."""
+    from dsplugins.contracts import SLOTS
+    from dsplugins.manager import GROUP
+
+    known = {GROUP + slot for slot in (*SLOTS, "event")}
+    for group in sorted(metadata.entry_points().groups):
+        if not group.startswith(GROUP) or group in known:
+            continue
+        for entry in metadata.entry_points(group=group):
+            yield {
+                "slot": group.removeprefix(GROUP),
+                "name": entry.name,
+                "distribution": entry.dist.name if entry.dist else "?",
+                "version": entry.dist.version if entry.dist else "?",
+                "class": entry.value,
+                "marks": ["there is no such slot: no recipe can name it"],
+            }
 
 
 @command.command("show")
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def show(name: str, as_json: bool) -> None:
-    """What NAME is: its slot, options with defaults, hooks, requirements. Imports this plugin only."""
+    """Show the plugin NAME: what it does, its options, the hooks it fills, what it asks of others."""
+    facts = describe(_only(name))
+    click.echo(json.dumps(facts, indent=1, default=str) if as_json else _page(facts))
+
+
+def _only(name: str) -> Offer:
     from dsplugins.manager import offers
 
-    found = [offer for offer in offers() if offer.name == name]
-    if not found:
-        raise click.UsageError(
-            f"no installed package offers a plugin called {name}; see `dsplugins plugins list`"
-        )
-    offer = found[0]
-    cls: Any = offer.entry_point.load()
-    facts = {
-        "name": name,
+    everyone = offers()
+    found = [offer for offer in everyone if offer.name == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        sources = ", ".join(f"{offer.distribution} ({offer.slot})" for offer in found)
+        raise click.UsageError(f"{name} is offered {len(found)} times: {sources}; uninstall all but one")
+    near = difflib.get_close_matches(name, [offer.name for offer in everyone], n=1)
+    hint = f"did you mean {near[0]}?" if near else "`dsplugins plugins list` shows what is installed"
+    raise click.UsageError(f"no installed package offers a plugin called {name}: {hint}")
+
+
+def describe(offer: Offer) -> dict[str, Any]:
+    """Everything that the plugin's class says of itself. Raises EnvironmentUnfit if it can't be imported."""
+    from dsplugins.contracts import EnvironmentUnfit
+
+    try:
+        cls = offer.entry_point.load()
+    except Exception as error:
+        said = f"{offer.distribution} can't be imported: {type(error).__name__}: {error}"
+        raise EnvironmentUnfit(said) from error
+    return {
+        "name": offer.name,
         "slot": offer.slot,
-        "distribution": f"{offer.distribution} {offer.version}",
-        "about": inspect.getdoc(cls) or "",
+        "distribution": offer.distribution,
+        "version": offer.version,
+        "class": offer.entry_point.value,
+        "about": inspect.cleandoc(cls.__doc__ or ""),
+        "options": _options(cls),
+        "hooks": _hooks(cls),
         "contract": getattr(cls, "contract", None),
         "requires": list(getattr(cls, "requires", ())),
         "conflicts": list(getattr(cls, "conflicts", ())),
-        "hooks": [key for key in dir(cls) if hasattr(getattr(cls, key), "dsplugins_impl")],
-        "options": _options(cls),
+        "env": dict(getattr(cls, "env", {})),
     }
-    if as_json:
-        click.echo(json.dumps(facts, indent=1))
-        return
-    click.echo(f"{name}: slot {offer.slot}, from {facts['distribution']}\n\n{facts['about']}\n")
-    click.echo(f"hooks: {', '.join(facts['hooks'])}")
-    for key in ("contract", "requires", "conflicts"):
-        if facts[key]:
-            click.echo(f"{key}: {facts[key]}")
-    for option in facts["options"]:
-        click.echo(f"\nplugins.{name}.{option['name']} = {option['default']}\n    {option['about']}")
 
 
-def _options(cls: Any) -> list[dict[str, str]]:
-    from dataclasses import MISSING, fields
+def _hooks(cls: type) -> list[str]:
+    """The hooks it fills, in the order in which a run calls them."""
+    from dsplugins import hookspecs
 
-    from dsplugins.typed import field_docs
+    filled = {name for name in dir(cls) if hasattr(getattr(cls, name), "dsplugins_impl")}
+    known = [name for name in vars(hookspecs) if name in filled]
+    return known + sorted(filled - set(known))
 
-    options = getattr(cls, "Options", None)
-    if options is None:
-        return []
-    docs = field_docs(options)
-    return [
-        {
-            "name": field.name,
-            "default": "(required)" if field.default is MISSING else str(field.default),
-            "about": " ".join(docs.get(field.name, "").split()),
-        }
-        for field in fields(options)
-    ]
+
+def _options(cls: type) -> list[dict[str, Any]]:
+    from dsplugins.cli.options import options
+
+    return options(cls.Options) if hasattr(cls, "Options") else []
+
+
+def _page(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['name']}: {facts['slot']}, from {facts['distribution']} {facts['version']}", ""]
+    lines += [facts["about"], ""] if facts["about"] else []
+    if facts["options"]:
+        lines.append("options:")
+        for option in facts["options"]:
+            needed = "needed" if option["needed"] else f"default {json.dumps(option['default'])}"
+            lines.append(f"  {option['name']}: {option['type']}, {needed}")
+            lines += [textwrap.indent(option["about"], "      ")] if option["about"] else []
+    else:
+        lines.append("options: none")
+    lines.append(f"hooks: {', '.join(facts['hooks'])}")
+    for key in ("requires", "conflicts"):
+        lines += [f"{key}: {', '.join(facts[key])}"] if facts[key] else []
+    lines += [f"env: {name}={value}" for name, value in facts["env"].items()]
+    lines += [f"contract: {facts['contract']}"] if facts["contract"] else []
+    return "\n".join(lines)

@@ -41,17 +41,12 @@ def command(recipe: str, overrides: tuple[str, ...], fresh: bool) -> None:
 def _prepare(recipe: object) -> tuple[int, Path]:
     """Every problem that can be found without importing torch is found before a process is started."""
     from dsplugins.contracts import RecipeError
-    from dsplugins.manager import choose
-    from dsplugins.plan import make_plan
+    from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
     from dsplugins.settings import ledger
 
     assert isinstance(recipe, Recipe)
-    try:
-        plugins = choose(recipe)
-    except RecipeError as error:
-        raise RecipeError(recipe.located(error.problems)) from None
-    plan = make_plan(recipe, plugins)
+    plugins, plan = prepare(recipe)
     if problems := ledger(plan, plugins, recipe).problems:
         raise RecipeError(recipe.located(problems))
     return plan.run.world_size, Path(plan.run.directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsplugins.contracts import ExpertsFactory, Plan, Problem, Settings
 from dsplugins.hookspecs import hookimpl
@@ -12,12 +12,25 @@ if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+UNSERVED = (
+    "fp8",
+    "fp4",
+    "moe_latent_size",
+    "moe_apply_probs_on_input",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
+    "use_te_activation_func",
+    "delay_wgrad_compute",
+)
+"""Fields that megatron-core's own experts obey and these don't."""
+
 
 class Grouped:
     """All local experts at once through `torch.nn.functional.grouped_mm`.
 
     Same arithmetic and same checkpoint keys as `sequential`; weights are packed, [E, 2I, H] and
-    [E, H, I]. The backend's linears are not used.
+    [E, H, I]. The backend's linears are not used, so a number format that wraps them doesn't reach the
+    experts: use `sequential` with such a precision.
     """
 
     contract = ">=1.0,<2"
@@ -25,15 +38,10 @@ class Grouped:
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
         """What the packed experts don't do."""
-        problems = []
-        if plan.layout.expert_tensor > 1:
-            said = "parallel.expert_tensor > 1: grouped experts are whole on a rank"
-            problems.append(Problem(said, "parallel.expert_tensor", "set it to 1, or name sequential"))
-        if not settings.model.gated_linear_unit or settings.model.add_bias_linear:
-            said = "grouped experts are SwiGLU without biases"
-            remedy = "model.gated_linear_unit: true and model.add_bias_linear: false, or name sequential"
-            problems.append(Problem(said, "plugins.grouped", remedy))
-        return problems
+        config = settings.model
+        if not config.num_moe_experts:
+            return []
+        return [*_layout(plan), *_fields(config), *_strides(config)]
 
     @hookimpl
     def ds_experts(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> ExpertsFactory:
@@ -41,3 +49,33 @@ class Grouped:
         from dsplugins.plugins.experts.grouped_experts import GroupedExperts
 
         return GroupedExperts
+
+
+def _layout(plan: Plan) -> Iterable[Problem]:
+    if plan.layout.expert_tensor > 1:
+        said = f"parallel.expert_tensor={plan.layout.expert_tensor}: grouped experts are whole on a rank"
+        yield Problem(said, "parallel.expert_tensor", "set it to 1, or name sequential instead of grouped")
+
+
+def _fields(config: Any) -> Iterable[Problem]:
+    if not config.gated_linear_unit or config.add_bias_linear:
+        said = "grouped experts are gated and without biases"
+        remedy = "model.gated_linear_unit: true and model.add_bias_linear: false, or name sequential"
+        yield Problem(said, "plugins.grouped", remedy)
+    for field in UNSERVED:
+        value = getattr(config, field)
+        if value:
+            said = f"model.{field}={value} would not reach grouped experts"
+            yield Problem(said, f"model.{field}", "leave it out, or name sequential instead of grouped")
+
+
+def _strides(config: Any) -> Iterable[Problem]:
+    """CUDA's grouped product wants rows that start at multiples of 16 bytes."""
+    unit = 16 // config.params_dtype.itemsize
+    for field in ("hidden_size", "moe_ffn_hidden_size"):
+        value = getattr(config, field)
+        if value % unit:
+            said = (
+                f"model.{field}={value} is not a multiple of {unit}: grouped products need rows of 16 bytes"
+            )
+            yield Problem(said, f"model.{field}", f"use a multiple of {unit}, or name sequential")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
@@ -15,7 +16,9 @@ from torch.nn.functional import grouped_mm
 class GroupedExperts(MegatronModule):
     """This rank's routed experts as two packed weights and two grouped products (report, 2.1.2).
 
-    Parameters: `weight1` [E, 2I, H], gate rows first; `weight2` [E, H, I].
+    Parameters: `weight1` [E, 2I, H], gate rows first; `weight2` [E, H, I]; E experts of this rank. Every
+    element goes through the operations of core's SequentialMLP in their order, so on CPU outputs and
+    gradients have the same bits.
     """
 
     def __init__(
@@ -25,20 +28,26 @@ class GroupedExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
         inner, hidden = config.moe_ffn_hidden_size, config.hidden_size
-        self.weight1 = self._parameter((num_local_experts, 2 * inner, hidden), config.init_method)
-        self.weight2 = self._parameter((num_local_experts, hidden, inner), config.output_layer_init_method)
+        self.weight1 = self._parameter((num_local_experts, 2 * inner, hidden), config.init_method, 1, 2)
+        self.weight2 = self._parameter((num_local_experts, hidden, inner), config.output_layer_init_method, 2)
 
-    def _parameter(self, shape: tuple[int, ...], initialise: Any) -> torch.nn.Parameter:
+    def _parameter(
+        self, shape: tuple[int, ...], initialise: Any, split: int, stride: int = 1
+    ) -> torch.nn.Parameter:
         config = self.config
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         if config.perform_initialization:
             for expert in parameter.data:
                 initialise(expert)
-        # The marks that core's own expert linears carry: not summed over data parallel but over expert data
-        # parallel, and never a copy of another tensor-parallel rank's.
-        parameter.allreduce = not config.expert_model_parallel_size > 1  # type: ignore[attr-defined]
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=1, stride=1)
+        # The marks of core's own expert linears (tensor_parallel/layers.py): gradients are summed over the
+        # experts' data-parallel group wherever it isn't the dense one, and clipping counts each rank's.
+        own_groups = (
+            config.expert_model_parallel_size > 1
+            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        )
+        parameter.allreduce = not own_groups  # type: ignore[attr-defined]
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=split, stride=stride)
         return parameter
 
     def forward(
@@ -47,16 +56,23 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """Output [T, H] of tokens [T, H] sorted by expert; counts [E_local]; probs [T]."""
-        tokens = permuted_local_hidden_states
+        """Output [T, H] of tokens [T, H] sorted by expert; counts [E]; probs [T], before the second product."""
+        tokens, scale = permuted_local_hidden_states, permuted_probs.unsqueeze(-1)
         if tokens.shape[0] == 0:
-            # Every weight takes part, so that every rank has a gradient to reduce.
-            return tokens + 0.0 * (self.weight1.sum() + self.weight2.sum()), None
+            # Weights and probs take part all the same: each has a gradient to reduce or to send back, and
+            # a rank that leaves one out leaves the others waiting.
+            return (tokens * scale).to(tokens.dtype) + 0.0 * (self.weight1.sum() + self.weight2.sum()), None
         ends = tokens_per_expert.to(device=tokens.device).cumsum(0).to(torch.int32)
-        gate, up = grouped_mm(tokens, self.weight1.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        inner = self.config.activation_func(gate) * up
-        inner = (inner * permuted_probs.unsqueeze(-1)).to(tokens.dtype)
+        inner = self._activated(grouped_mm(tokens, self.weight1.transpose(1, 2), offs=ends), scale)
         return grouped_mm(inner, self.weight2.transpose(1, 2), offs=ends), None
+
+    def _activated(self, inner: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """SwiGLU times probs: [T, 2I], [T, 1] -> [T, I]; `bias_activation_fusion` takes core's fused one."""
+        if self.config.bias_activation_fusion:
+            stored = self.config.activation_func_fp8_input_store
+            return weighted_bias_swiglu_impl(inner, None, scale, stored)
+        gate, up = inner.chunk(2, dim=-1)
+        return (self.config.activation_func(gate) * up * scale).to(inner.dtype)
 
     def backward_dw(self) -> None:
         """Nothing is delayed."""
@@ -65,21 +81,22 @@ class GroupedExperts(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """The keys and global shapes of core's SequentialMLP; each tensor is a view of the packed weight."""
+        alone = bool((metadata or {}).get("singleton_local_shards"))
         total = self.ep_group.size() * self.num_local_experts
-        first = self.ep_group.rank() * self.num_local_experts
         sharded: ShardedStateDict = {}
         for index in range(self.num_local_experts):
-            offsets = (*sharded_offsets, (len(sharded_offsets), first + index, total))
+            expert = self.ep_group.rank() * self.num_local_experts + index
+            offsets = sharded_offsets if alone else (*sharded_offsets, (len(sharded_offsets), expert, total))
+            name = f"{prefix}experts.{expert}." if alone else f"{prefix}experts."
             for layer, weight in (("linear_fc1", self.weight1), ("linear_fc2", self.weight2)):
-                tensor = ShardedTensor.from_rank_offsets(
-                    f"{prefix}experts.{layer}.weight",
+                tensor: Any = ShardedTensor.from_rank_offsets(
+                    f"{name}{layer}.weight",
                     weight.data[index],
                     *offsets,
                     replica_id=(0, 0, self.dp_group.rank()),
                     prepend_axis_num=len(offsets),
                 )
-                key = f"{prefix}local_experts.{index}.{layer}.weight"
-                sharded[key] = (
-                    apply_swiglu_sharded_factory(tensor, offsets) if layer == "linear_fc1" else tensor
-                )
+                if layer == "linear_fc1":  # gate and up are stored as two halves
+                    tensor = apply_swiglu_sharded_factory(tensor, offsets, alone)
+                sharded[f"{prefix}local_experts.{index}.{layer}.weight"] = tensor
         return sharded

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dsplugins.plugins.router.gate import CountingRouter, group_limited, scatter
+from dsplugins.plugins.router.gate import CountingRouter
+from dsplugins.plugins.router.selection import group_limited, normalised, scatter
 
 
 class AuxFreeRouter(CountingRouter):
@@ -17,23 +18,15 @@ class AuxFreeRouter(CountingRouter):
 
     def __init__(self, config: Any, pg_collection: Any = None, is_mtp_layer: bool = False) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        bias = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=self.weight.device)
-        self.register_buffer("expert_bias", bias, persistent=True)
+        self._buffer("expert_bias", (config.num_moe_experts,), persistent=True)
 
-    def forward(
-        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(probs [T, E], map bool [T, E]) for input [S, B, H]; T = S * B."""
-        assert padding_mask is None, "training batches here have no padding"
-        logits = self.gating(input)
-        length, batch, experts = logits.shape
-        scores = torch.sigmoid(logits.view(-1, experts).float()).type_as(logits)
-        probs, routing_map = self.choose(scores)
-        self.count(routing_map)
+    def routing(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(probs [T, E], map bool [T, E]) from logits [S, B, E]; affinities are float32 throughout."""
+        scores = torch.sigmoid(logits.float())
+        probs, routing_map = self.choose(scores.view(-1, scores.shape[-1]))
         alpha = self.config.moe_aux_loss_coeff
-        if alpha and self.training and torch.is_grad_enabled():
-            probs = self.attach(probs, self.sequence_loss(scores.view(length, batch, experts), alpha))
-        return probs, routing_map
+        loss = self.sequence_loss(scores, alpha) if alpha and self.recording else None
+        return self.recorded(probs.type_as(logits), routing_map, loss), routing_map
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(probs, map) [T, E] from affinities [T, E]: bias to select, none in the weights."""
@@ -44,9 +37,9 @@ class AuxFreeRouter(CountingRouter):
             config.moe_router_num_groups,
             config.moe_router_group_topk,
         )
-        weights = torch.gather(scores, dim=1, index=chosen).type_as(scores)
+        weights = torch.gather(scores, dim=1, index=chosen)
         if config.moe_router_topk > 1:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            weights = normalised(weights)
         if config.moe_router_topk_scaling_factor:
             weights = weights * config.moe_router_topk_scaling_factor
         return scatter(chosen, weights, scores.shape[1])
@@ -65,11 +58,17 @@ class AuxFreeRouter(CountingRouter):
             counts = torch.zeros_like(scores).scatter(-1, chosen, 1.0).sum(dim=0)
             counts = self.summed_over_sequence(counts)
         whole = length * self.tp_cp_group.size()
-        shares = (scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)).sum(dim=0)
+        shares = normalised(scores).sum(dim=0)
         return alpha * (counts * shares).sum(dim=-1).mean() * experts / (topk * whole * whole)
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert: torch.Tensor) -> None:
-        """b_i += gamma * sign(mean(c) - c_i); counts [E] of the whole step (arXiv 2408.15664, Alg. 1)."""
-        error = tokens_per_expert.mean() - tokens_per_expert
-        self.expert_bias += self.config.moe_router_bias_update_rate * torch.sign(error)
+        """b_i += gamma * sign(mean(c) - c_i); counts [E] of the whole step (arXiv 2408.15664, Alg. 1).
+
+        The mean is taken in float64: a step of V3 sends 5e8 tokens to a layer's experts, and float32
+        counts to 1.7e7, so an expert that stands exactly at the mean would be pushed all the same.
+        """
+        counts = tokens_per_expert.double()
+        self.expert_bias += (
+            torch.sign(counts.mean() - counts).float() * self.config.moe_router_bias_update_rate
+        )

@@ -44,10 +44,10 @@ class AuxLoss:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
-        """Sizes of experts and groups."""
-        from dsplugins.plugins.router.sizes import size_problems
+        """Sizes of experts and groups, and fields that would have no effect."""
+        from dsplugins.plugins.router.sizes import router_problems
 
-        return list(size_problems(settings.model))
+        return list(router_problems(settings.model, "aux_loss"))
 
     @hookimpl
     def ds_router(self, config: MLATransformerConfig) -> RouterFactory:

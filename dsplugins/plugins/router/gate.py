@@ -9,25 +9,25 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.moe.router import Router
 
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
 
 class CountingRouter(Router):
     """A router that counts its tokens per expert and its balance loss, as `contracts.RouterFactory` asks.
 
-    Buffers: `local_tokens_per_expert` float32 [E], `aux_loss_sum` float32 [], neither saved.
+    Buffers: `local_tokens_per_expert` float32 [E], `aux_loss_sum` float32 [], neither saved. Both grow in
+    backward: it runs once a micro-batch, while activation recomputing may run forward twice. A subclass
+    gives `routing(logits [S, B, E])`, which ends in `recorded`.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, is_mtp_layer: bool = False) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        device = self.weight.device
-        experts = config.num_moe_experts
-        self.register_buffer(
-            "local_tokens_per_expert",
-            torch.zeros(experts, dtype=torch.float32, device=device),
-            persistent=False,
-        )
-        self.register_buffer(
-            "aux_loss_sum", torch.zeros((), dtype=torch.float32, device=device), persistent=False
-        )
+        self._buffer("local_tokens_per_expert", (config.num_moe_experts,), persistent=False)
+        self._buffer("aux_loss_sum", (), persistent=False)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], persistent: bool) -> None:
+        zeros = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
+        self.register_buffer(name, zeros, persistent=persistent)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CountingRouter:
         """Move with the module, but keep buffers in float32: in bfloat16 counts stop at 256."""
@@ -39,57 +39,74 @@ class CountingRouter(Router):
                 self._buffers[name] = buffer.to(device=moved.device)
         return self
 
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(probs [T, E] in the logits' dtype, map bool [T, E]) for input [S, B, H]; T = S * B."""
+        assert padding_mask is None, "training batches here have no padding"
+        return self.routing(self.gating(input))
+
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [S, B, E] in `moe_router_dtype`; without core's check of devices."""
-        dtypes = {"fp32": torch.float32, "fp64": torch.float64}
-        dtype = dtypes.get(self.config.moe_router_dtype, input.dtype)
+        """Logits [S, B, E] in `moe_router_dtype`, without core's check of the weight's device in each call."""
+        dtype = DTYPES.get(self.config.moe_router_dtype, input.dtype)
         return router_gating_linear(input, self.weight, self.bias, dtype)
 
-    def routing(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(probs [T, E], map bool [T, E]) from logits [T, E]."""
-        raise NotImplementedError
+    @property
+    def recording(self) -> bool:
+        """Whether this pass counts: training, not the first of two passes of a recomputed layer."""
+        return self.training and torch.is_grad_enabled()
 
-    def count(self, routing_map: torch.Tensor) -> None:
-        """Add a micro-batch. Activation recomputing runs the first pass without gradients: counted once."""
-        if self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                self.local_tokens_per_expert += routing_map.sum(dim=0)
+    def recorded(
+        self, probs: torch.Tensor, routing_map: torch.Tensor, loss: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`probs` [T, E], whose backward counts the map, and also starts at `loss`: this rank's share, []."""
+        if not self.recording:
+            return probs
+        if loss is not None:
+            if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
+                loss = loss / self.config.mtp_num_layers  # one layer, run so many times in a micro-batch
+            probs = MoEAuxLossAutoScaler.apply(probs, loss * self._scale(len(probs)))
+            loss = loss.detach()
+        counts = routing_map.sum(dim=0)
+        if not probs.requires_grad:  # a frozen gate: no backward will come by here
+            self.add(counts, loss)
+            return probs
+        return _Recorded.apply(probs, self, counts, loss)
 
-    def attach(self, probs: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        """`probs`, whose backward also starts at `loss`, this rank's share of a balance loss."""
-        with torch.no_grad():
-            self.aux_loss_sum += loss.detach()
-        return MoEAuxLossAutoScaler.apply(probs, loss)
+    def _scale(self, tokens: int) -> int:
+        """What core multiplies a balance loss by, to undo its division of all gradients by the tokens."""
+        return tokens * self.tp_cp_group.size() if self.calculate_per_token_loss else 1
+
+    @torch.no_grad()
+    def add(self, counts: torch.Tensor, loss: torch.Tensor | None) -> None:
+        """Note one micro-batch: tokens per expert [E], and its balance loss []."""
+        self.local_tokens_per_expert += counts
+        if loss is not None:
+            self.aux_loss_sum += loss
 
     def summed_over_sequence(self, counts: torch.Tensor) -> torch.Tensor:
-        """Counts summed over the ranks that hold parts of the same sequences (sequence parallel, CP)."""
-        group = self.tp_cp_group
-        if group.size() > 1:
+        """Counts summed over the ranks that hold parts of the same sequences (TP with sequence parallel, CP)."""
+        if self.tp_cp_group.size() > 1:
             counts = counts.clone()
-            torch.distributed.all_reduce(counts, group=group)
+            torch.distributed.all_reduce(counts, group=self.tp_cp_group)
         return counts
 
 
-def scatter(chosen: torch.Tensor, weights: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and weights [T, K] as dense (probs, map) [T, E]."""
-    shape = (chosen.shape[0], experts)
-    probs = torch.zeros(shape, dtype=weights.dtype, device=weights.device).scatter(1, chosen, weights)
-    routing_map = torch.zeros(shape, dtype=torch.bool, device=weights.device).scatter(1, chosen, True)
-    return probs, routing_map
+class _Recorded(torch.autograd.Function):
+    """Identity on `probs`; its backward adds to the router's buffers."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        probs: torch.Tensor,
+        router: CountingRouter,
+        counts: torch.Tensor,
+        loss: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.router, ctx.counts, ctx.loss = router, counts, loss
+        return probs.view_as(probs)
 
-def group_limited(scores: torch.Tensor, topk: int, groups: int | None, kept: int | None) -> torch.Tensor:
-    """Indices [T, K] of the top experts among the best groups (report, 2.1.2, node-limited routing).
-
-    scores: [T, E]. A group's score is the sum of its K / `kept` highest ones; only experts of the `kept`
-    best groups can be chosen.
-    """
-    if not groups or not kept or groups == kept:
-        return torch.topk(scores, k=topk, dim=1).indices
-    tokens, experts = scores.shape
-    per_group = scores.view(tokens, groups, experts // groups)
-    group_scores = per_group.topk(topk // kept, dim=-1).values.sum(dim=-1)
-    best = torch.topk(group_scores, k=kept, dim=-1, sorted=False).indices
-    allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best, True)
-    masked = per_group.masked_fill(~allowed.unsqueeze(-1), float("-inf")).view(tokens, experts)
-    return torch.topk(masked, k=topk, dim=1).indices
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        ctx.router.add(ctx.counts, ctx.loss)
+        return grads[0], None, None, None

@@ -1,0 +1,80 @@
+"""The command, as a user runs it: two processes, a run directory, a second call."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parent / "tiny.yaml"
+FIELDS = ["step", "time", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "learning_rate", "bias_update_rate", "mtp_weight", "global_batch", "max_vio", "tokens_per_second", "step_seconds", "skipped"]
+
+
+def command(folder, *overrides):
+    line = [sys.executable, "-m", "dsplugins", "train", str(TINY), "run.world_size=2", *overrides]
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    plugins = ["plugins.expert_load={}", "plugins.curves={}", "plugins.bf16={}", "plugins.fp32=null"]
+    done = command(folder, "parallel.expert=2", "run.directory=out", *plugins)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_every_step_is_in_the_metrics(run):
+    folder, _ = run
+    rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(set(FIELDS) <= set(row) for row in rows)
+    assert rows[-1]["tokens"] == 5 * 8 * 32 and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_what_is_worth_seeing_is_shown(run):
+    _, done = run
+    shown = [
+        "router",
+        "aux_free",
+        "expert 2",
+        "parameters",
+        "step 5",
+        "max_vio",
+        "bigram",
+        "acceptance",
+        "writes",
+    ]
+    for word in shown:
+        assert word in done.stdout, word
+    assert "finalize_model_grads -> router counts and bias update" in done.stdout
+
+
+def test_the_directory_tells_the_run(run):
+    folder, _ = run
+    out = folder / "out"
+    assert json.loads((out / "status.json").read_text())["code"] == 0
+    lock = json.loads((out / "plugins.lock.json").read_text())
+    assert {row["name"] for row in lock["plugins"]} >= {"aux_free", "mla"} and "torch" in lock["versions"]
+    assert "parallel.expert=2" in (out / "recipe.yaml").read_text()
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (out / "plots").iterdir())
+    assert len(list((out / "plots").iterdir())) >= 4
+
+
+def test_a_second_call_says_complete(run):
+    folder, _ = run
+    before = (folder / "out" / "metrics.jsonl").read_text()
+    plugins = ["plugins.expert_load={}", "plugins.curves={}", "plugins.bf16={}", "plugins.fp32=null"]
+    done = command(folder, "parallel.expert=2", "run.directory=out", *plugins)
+    assert done.returncode == 0 and "complete" in done.stdout
+    assert (folder / "out" / "metrics.jsonl").read_text() == before
+
+
+def test_what_megatron_refuses_ends_with_code_3(tmp_path):
+    done = command(tmp_path, "run.directory=out", "model.hidden_sice=3")
+    assert done.returncode == 3
+    assert "command line: model.hidden_sice" in done.stderr and "did you mean hidden_size" in done.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
