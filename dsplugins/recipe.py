@@ -117,6 +117,9 @@ class Recipe:
                 problems.append(Problem(f"{key}: {raw!r} is not YAML", key, "quote it", COMMAND_LINE))
                 continue
             faults = [*_top(key.split(".")[0], COMMAND_LINE), *_text_faults(key, value, COMMAND_LINE)]
+            if "_target_" in key.split("."):
+                said = f"{key}: a recipe is data and can't name code"
+                faults.append(Problem(said, key, "name a plugin under plugins:", COMMAND_LINE))
             problems += faults
             if not faults:
                 nested: Any = value

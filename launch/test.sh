@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs every check that needs no GPU. Arguments go to pytest.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$ROOT/launch/environment.sh"
+# shellcheck source=launch/environment.sh
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment test
 cd "$ROOT"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PATH="$VENV/bin:$PATH"
-ruff check .
-ruff format --check .
-mypy
-lint-imports
-exec python -m pytest -rs "$@"
+export PATH="$VENV/bin:$PATH"
+# Several test processes share the machine: more threads in each make all of them slower.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+run() {
+    local began=$SECONDS
+    echo "== $*"
+    "$@"
+    echo "== $1: $((SECONDS - began)) s"
+}
+
+run ruff check .
+run ruff format --check .
+run mypy
+run lint-imports
+run python -m pytest -rs "$@"

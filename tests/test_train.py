@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 TINY = Path(__file__).parent / "tiny.yaml"
-FIELDS = ["step", "time", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "learning_rate", "bias_update_rate", "mtp_weight", "global_batch", "max_vio", "tokens_per_second", "step_seconds", "skipped"]
+FIELDS = {
+    *("step", "time", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "learning_rate"),
+    *("bias_update_rate", "mtp_weight", "global_batch", "max_vio", "tokens_per_second"),
+    *("step_seconds", "skipped"),
+}
 
 
 def command(folder, *overrides):
@@ -31,7 +35,7 @@ def test_every_step_is_in_the_metrics(run):
     folder, _ = run
     rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert all(set(FIELDS) <= set(row) for row in rows)
+    assert all(set(row) >= FIELDS for row in rows)
     assert rows[-1]["tokens"] == 5 * 8 * 32 and rows[-1]["loss"] < rows[0]["loss"]
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 import click
 
 COMMANDS = {
     "train": "Train a recipe.",
+    "check": "Find what is wrong with a recipe, without starting it.",
     "explain": "Show every effective value of a recipe with its origin, and who owns each slot.",
     "plugins": "List installed plugins, or show one.",
     "recipes": "List shipped recipes.",
     "doctor": "Look at this machine: versions, libraries, duplicates.",
+    "bench": "Measure how fast a recipe's steps are.",
 }
+"""Name -> one line of help; each command is `command` in the module of its name."""
 
 
 class Lazy(click.Group):
@@ -27,6 +31,15 @@ class Lazy(click.Group):
         command: click.Command = importlib.import_module(f"dsplugins.cli.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        if near and name not in COMMANDS and not name.startswith("-"):
+            ctx.fail(f"there is no command {name}: did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -34,8 +47,13 @@ class Lazy(click.Group):
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dsplugins")
-def group() -> None:
+@click.option("--debug", is_flag=True, help="Show where in its code a plugin failed, call by call.")
+def group(debug: bool) -> None:
     """DeepSeek-V3 training as plugins on unmodified megatron-core."""
+    from dsplugins.cli import exits
+
+    if debug:
+        exits.debug()
 
 
 def main() -> None:

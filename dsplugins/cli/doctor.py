@@ -11,7 +11,9 @@ import click
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dsplugins.cli import machine
 from dsplugins.cli.columns import columns
+from dsplugins.cli.machine import row
 
 EXTRAS = ("te", "hf", "plot", "tensorboard")
 """Extras that a recipe may need, as opposed to those for working on dsplugins itself."""
@@ -24,8 +26,6 @@ def command(as_json: bool) -> None:
 
     Exit code 4 if something that every run needs is missing or wrong.
     """
-    from dsplugins.cli import machine
-
     rows = [_python(), *_requirements(), *machine.rows()]
     wrong = [row for row in rows if row["state"] == "WRONG"]
     if as_json:
@@ -37,12 +37,6 @@ def command(as_json: bool) -> None:
                 click.echo(f"{row['what']}: {row['remedy']}")
     if wrong:
         raise SystemExit(4)
-
-
-def row(what: str, found: str, state: str, remedy: str = "") -> dict[str, str]:
-    """One thing looked at; state `ok`, `-` (not needed by every run) or `WRONG`."""
-    assert state in ("ok", "-", "WRONG")
-    return {"what": what, "found": found, "state": state, "remedy": "" if state == "ok" else remedy}
 
 
 def _python() -> dict[str, str]:

@@ -13,7 +13,11 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from dsplugins.cli.doctor import row
+
+def row(what: str, found: str, state: str, remedy: str = "") -> dict[str, str]:
+    """One thing looked at; state `ok`, `-` (not needed by every run) or `WRONG`."""
+    assert state in ("ok", "-", "WRONG")
+    return {"what": what, "found": found, "state": state, "remedy": "" if state == "ok" else remedy}
 
 
 def rows() -> Iterator[dict[str, str]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsplugins.testing import model_parallel
-
 
 def both(dtype):
     from megatron.core.models.backends import LocalSpecProvider
@@ -39,8 +37,7 @@ def both(dtype):
 @pytest.mark.parametrize("counts", [[5, 0, 7, 4], [16, 0, 0, 0]])
 def test_bit_equal_forward_and_backward(single, dtype, counts):
     torch.manual_seed(0)
-    with model_parallel():
-        sequential, grouped = both(dtype)
+    sequential, grouped = both(dtype)
     tokens, probs = torch.randn(16, 16, dtype=dtype), torch.rand(16)
     results = []
     for experts in (sequential, grouped):
@@ -58,17 +55,15 @@ def test_bit_equal_forward_and_backward(single, dtype, counts):
 
 
 def test_no_tokens_at_all_gives_zero_gradients(single):
-    with model_parallel():
-        _, grouped = both(torch.float32)
+    _, grouped = both(torch.float32)
     output, _ = grouped(torch.zeros(0, 16), torch.zeros(4, dtype=torch.int64), torch.zeros(0))
     output.sum().backward()
     assert float(grouped.weight1.grad.abs().sum()) == 0 == float(grouped.weight2.grad.abs().sum())
 
 
 def test_checkpoint_keys_and_shapes_are_interchangeable(single):
-    with model_parallel():
-        sequential, grouped = both(torch.float32)
-        first, second = (experts.sharded_state_dict("mlp.experts.") for experts in (sequential, grouped))
+    sequential, grouped = both(torch.float32)
+    first, second = (experts.sharded_state_dict("mlp.experts.") for experts in (sequential, grouped))
     weights = {key: value for key, value in first.items() if not key.endswith("_extra_state")}
     assert set(weights) == set(second)
     for key, value in second.items():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsplugins.testing import model_parallel
-
 
 def config(**changes):
     from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -51,16 +49,15 @@ def routers(**changes):
 
 def test_equals_megatron_core_and_its_sequence_loss(single):
     torch.manual_seed(1)
-    with model_parallel():
-        ours, stock = routers(moe_aux_loss_coeff=0.5)
-        hidden = torch.randn(32, 3, 16)
-        results = []
-        for router in (ours, stock):
-            router.set_layer_number(1)
-            inputs = hidden.clone().requires_grad_()
-            probs, routing_map = router(inputs)
-            (probs * torch.arange(16)).sum().backward()
-            results.append((probs, routing_map, router.weight.grad, inputs.grad))
+    ours, stock = routers(moe_aux_loss_coeff=0.5)
+    hidden = torch.randn(32, 3, 16)
+    results = []
+    for router in (ours, stock):
+        router.set_layer_number(1)
+        inputs = hidden.clone().requires_grad_()
+        probs, routing_map = router(inputs)
+        (probs * torch.arange(16)).sum().backward()
+        results.append((probs, routing_map, router.weight.grad, inputs.grad))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
     assert torch.equal(results[0][1], results[1][1])
@@ -71,8 +68,7 @@ def test_equals_hugging_face_choice(single):
     from transformers import DeepseekV3Config
 
     torch.manual_seed(2)
-    with model_parallel():
-        ours, _ = routers()
+    ours, _ = routers()
     theirs_config = DeepseekV3Config(
         hidden_size=16, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
         routed_scaling_factor=2.5, norm_topk_prob=True, moe_intermediate_size=8, intermediate_size=8,
@@ -96,8 +92,7 @@ def test_equals_hugging_face_choice(single):
 
 
 def test_bias_rule_is_exact(single):
-    with model_parallel():
-        ours, _ = routers(moe_router_bias_update_rate=0.25)
+    ours, _ = routers(moe_router_bias_update_rate=0.25)
     ours.expert_bias.zero_()
     counts = torch.tensor([4.0] * 14 + [2.0, 6.0])
     ours.update_bias(counts)
@@ -106,8 +101,7 @@ def test_bias_rule_is_exact(single):
 
 def test_bias_rule_balances_skewed_scores_and_freezes_at_zero(single):
     torch.manual_seed(3)
-    with model_parallel():
-        ours, _ = routers(moe_router_num_groups=None, moe_router_group_topk=None)
+    ours, _ = routers(moe_router_num_groups=None, moe_router_group_topk=None)
     ours.expert_bias.zero_()
     scores = torch.sigmoid(torch.randn(512, 16) + torch.linspace(-1, 1, 16))
 
@@ -126,8 +120,7 @@ def test_bias_rule_balances_skewed_scores_and_freezes_at_zero(single):
 
 
 def test_sequence_loss_of_a_balanced_sequence_is_alpha_and_ignores_the_bias(single):
-    with model_parallel():
-        ours, _ = routers()
+    ours, _ = routers()
     # Each token prefers four experts of its own; sixteen tokens in four patterns use all experts equally.
     scores = torch.full((16, 1, 16), 0.1)
     for token in range(16):
@@ -139,8 +132,7 @@ def test_sequence_loss_of_a_balanced_sequence_is_alpha_and_ignores_the_bias(sing
 
 
 def test_counts_once_and_only_while_training(single):
-    with model_parallel():
-        ours, _ = routers()
+    ours, _ = routers()
     hidden = torch.randn(8, 2, 16)
     with torch.no_grad():
         ours(hidden)
@@ -155,8 +147,7 @@ def test_counts_once_and_only_while_training(single):
 
 
 def test_buffers_stay_in_float32(single):
-    with model_parallel():
-        ours, _ = routers()
+    ours, _ = routers()
     ours.bfloat16()
     assert ours.weight.dtype == torch.bfloat16
     assert ours.expert_bias.dtype == ours.local_tokens_per_expert.dtype == torch.float32
