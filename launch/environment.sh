@@ -11,10 +11,13 @@ minimum() { # the lowest Python that pyproject.toml accepts, such as 3.12
     sed -n 's/^requires-python *= *">=\([0-9.]*\).*/\1/p' "$ROOT/pyproject.toml"
 }
 
-fits() { # whether $1 runs, is new enough, and has what environments are made with
-    "$1" -c '
-import sys, venv, ensurepip
-sys.exit(sys.version_info < tuple(map(int, sys.argv[1].split("."))))' "$(minimum)" >/dev/null 2>&1
+new_enough() { # whether $1 runs and is a Python that pyproject.toml accepts
+    "$1" -c 'import sys; sys.exit(sys.version_info < tuple(map(int, sys.argv[1].split("."))))' \
+        "$(minimum)" >/dev/null 2>&1
+}
+
+fits() { # whether $1 also has what environments are made with: Debian keeps that in a package of its own
+    new_enough "$1" && "$1" -c 'import venv, ensurepip' >/dev/null 2>&1
 }
 
 candidates() { # prints every interpreter worth a try, one a line, the best first
@@ -55,7 +58,7 @@ make_venv() { # makes $VENV with the first candidate that really can
 
 check_venv() { # makes sure that $VENV is an environment that fits; makes it where there is none
     if [ -x "$VENV/bin/python" ]; then
-        if ! fits "$VENV/bin/python"; then
+        if ! new_enough "$VENV/bin/python"; then
             echo "$VENV holds $("$VENV/bin/python" --version 2>&1), but Python >= $(minimum) is needed:" >&2
             echo "remove that folder, or name another one with DSPLUGINS_VENV=FOLDER." >&2
             return 4
@@ -84,6 +87,7 @@ install() { # installs dsplugins[$1] into $VENV
 ensure_environment() { # $1: extras, such as plot or test
     local stamp wanted
     VENV=${DSPLUGINS_VENV:-$ROOT/.venv}
+    case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
     stamp=$VENV/.dsplugins-$1
     wanted="$ROOT $1 $(cksum <"$ROOT/pyproject.toml")"
     # `|| return`: a caller that tests this function's result switches `set -e` off in here.

@@ -29,7 +29,7 @@ class AllToAll:
             return []
         key = "model.moe_shared_expert_overlap"
         said = f"{key}=True: the shared experts would be left out, alltoall isn't given them"
-        return [Problem(said, key, "leave it out: the shared experts then run beside the dispatcher")]
+        return [Problem(said, key, "leave it out: the shared experts then run on their own")]
 
     @hookimpl
     def ds_dispatcher(self, config: MLATransformerConfig) -> DispatcherFactory:

@@ -56,7 +56,9 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """Output [T, H] of tokens [T, H] sorted by expert; counts [E]; probs [T], before the second product."""
+        """Output [T, H] of tokens [T, H] sorted by expert; counts [E]; probs [T] scale the inner
+        activation.
+        """
         tokens, scale = permuted_local_hidden_states, permuted_probs.unsqueeze(-1)
         if tokens.shape[0] == 0:
             # Weights and probs take part all the same: each has a gradient to reduce or to send back, and

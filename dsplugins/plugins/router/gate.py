@@ -47,7 +47,7 @@ class CountingRouter(Router):
         return self.routing(self.gating(input))
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [S, B, E] in `moe_router_dtype`, without core's check of the weight's device in each call."""
+        """Logits [S, B, E] in `moe_router_dtype`, without core's check of the weight's device each time."""
         dtype = DTYPES.get(self.config.moe_router_dtype, input.dtype)
         return router_gating_linear(input, self.weight, self.bias, dtype)
 
@@ -85,7 +85,7 @@ class CountingRouter(Router):
             self.aux_loss_sum += loss
 
     def summed_over_sequence(self, counts: torch.Tensor) -> torch.Tensor:
-        """Counts summed over the ranks that hold parts of the same sequences (TP with sequence parallel, CP)."""
+        """Counts summed over the ranks that hold parts of the same sequences (sequence parallel, CP)."""
         if self.tp_cp_group.size() > 1:
             counts = counts.clone()
             torch.distributed.all_reduce(counts, group=self.tp_cp_group)

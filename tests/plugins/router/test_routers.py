@@ -59,7 +59,8 @@ def test_equals_megatron_core_and_its_sequence_loss(single):
         (probs * torch.arange(16)).sum().backward()
         results.append((probs, routing_map, router.weight.grad, inputs.grad))
     for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+        # Sums of float32 in another order; the choice itself is compared bit for bit below.
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     assert torch.equal(results[0][1], results[1][1])
 
 
