@@ -8,6 +8,7 @@ never at the recipe's text alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -58,7 +59,7 @@ def _reference(settings: Settings, plugins: Plugins) -> dict[str, Any]:
     from dsplugins.model import collect
 
     parts = collect(settings, plugins)
-    return {"attention": parts.attention, "backend": parts.backend}
+    return vars(parts)
 
 
 def _layer(layer: Any, moe: bool, reference: dict[str, Any]) -> Iterable[str]:
@@ -70,18 +71,23 @@ def _layer(layer: Any, moe: bool, reference: dict[str, Any]) -> Iterable[str]:
         stands = type(layer.self_attention.core_attention).__name__
         yield f"core attention is {stands}, chosen was {core.__name__}"
     yield from _projections(layer.self_attention, reference["attention"].submodules)
-    norm = reference["backend"].layer_norm()
-    for name in ("input_layernorm", "pre_mlp_layernorm"):
-        built = type(getattr(layer, name))
-        if (
-            isinstance(norm, type)
-            and built is not norm
-            and not issubclass(built, norm)
-            and norm.__new__ is object.__new__
-        ):
-            yield f"{name} is {built.__name__}, chosen was {norm.__name__}"
     if moe != isinstance(layer.mlp, HostMoELayer):
         yield f"mlp is {type(layer.mlp).__name__}, chosen was {'experts' if moe else 'a dense MLP'}"
+    elif moe:
+        for slot, stands in (
+            ("router", layer.mlp.router),
+            ("experts", layer.mlp.experts),
+            ("dispatcher", layer.mlp.token_dispatcher),
+        ):
+            yield from _made_by(slot, reference[slot], stands)
+
+
+def _made_by(slot: str, factory: Any, stands: Any) -> Iterable[str]:
+    """Whether a slot's factory, a class or a partial of one, made what stands there."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    if isinstance(factory, type) and type(stands) is not factory:
+        yield f"{slot} is {type(stands).__name__}, chosen was {factory.__name__}"
 
 
 def _projections(attention: Any, submodules: Any) -> Iterable[str]:

@@ -46,8 +46,9 @@ def parse_tokens(raw: object) -> int:
     match = _COUNT.fullmatch(str(raw).strip())
     if match is None:
         raise ValueError(f"{raw!r} is not a count such as 469B, 14.8T or 1000000")
-    exact = Decimal(match["number"]).scaleb(_SUFFIXES[match["suffix"]])
-    # The bound keeps `1e999999999` from becoming an integer of a billion digits.
+    number = Decimal(match["number"])
+    # Before scaling, which overflows; nor should `1e999999999` become an integer of as many digits.
+    exact = number.scaleb(_SUFFIXES[match["suffix"]]) if number <= Decimal("1e30") else number
     if exact > Decimal("1e30") or exact != exact.to_integral_value():
         raise ValueError(f"{raw!r} is not a whole number of anything, or too large")
     return int(exact)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from dsplugins.contracts import Problem, Range
-from dsplugins.schedules import Schedule
+from dsplugins.schedules import Schedule, parse_tokens
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_UNIONS = (Union, types.UnionType)
 
 
 class Misfit(ValueError):
@@ -21,11 +25,15 @@ class Misfit(ValueError):
 
 
 def build(cls: Any, values: Mapping[str, Any], prefix: str, who: str) -> tuple[Any, list[Problem]]:
-    """(an instance of dataclass `cls`, []) or (None, all problems); `prefix`: dotted key of `values`."""
+    """(an instance of dataclass `cls`, []) or (None, every problem); `prefix` is `values`' dotted key."""
     if not isinstance(values, Mapping):
         return None, [Problem(f"{prefix}={values!r} is not a mapping", prefix, "write KEY: VALUE below it")]
-    hints = typing.get_type_hints(cls, include_extras=True)
-    known = {field.name: field for field in fields(cls)}
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)
+    except (NameError, TypeError) as error:
+        said = f"{prefix}: the types of {cls.__name__} can't be read: {error}"
+        return None, [Problem(said, prefix, "tell its author: import them at the top of the module")]
+    known = {field.name: field for field in fields(cls) if field.init}
     problems = [unknown(key, known, prefix, who) for key in values if key not in known]
     built: dict[str, Any] = {}
     for name, field in known.items():
@@ -34,137 +42,241 @@ def build(cls: Any, values: Mapping[str, Any], prefix: str, who: str) -> tuple[A
             try:
                 built[name] = convert(hints[name], values[name])
             except ValueError as error:
-                said = f"{key}={values[name]!r} {error}" if isinstance(error, Misfit) else f"{key}: {error}"
-                problems.append(Problem(said, key, _first_line(cls, name)))
+                said = (
+                    f"{key}={_show(values[name])} {error}" if isinstance(error, Misfit) else f"{key}: {error}"
+                )
+                problems.append(Problem(said, key, _remedy(cls, name, values[name])))
         elif field.default is MISSING and field.default_factory is MISSING:
-            problems.append(Problem(f"{key} is missing", key, _first_line(cls, name)))
-    return (None, problems) if problems else (cls(**built), [])
+            problems.append(Problem(f"{key} is missing", key, _remedy(cls, name, None) or "set it"))
+    if problems:
+        return None, problems
+    try:
+        return cls(**built), []
+    except ValueError as error:
+        return None, [Problem(f"{prefix}: {error}", prefix, f"change the options of {who} that it names")]
 
 
-def unknown(key: Any, known: Any, prefix: str, who: str) -> Problem:
+def unknown(key: Any, known: Iterable[str], prefix: str, who: str) -> Problem:
     """The problem of a key that nobody knows, with the nearest right name."""
-    near = difflib.get_close_matches(str(key), list(known), n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"[:400]
+    names = sorted(known)
+    near = difflib.get_close_matches(str(key), names, n=1)
+    remedy = (
+        f"known: {', '.join(names)}" if 0 < len(names) <= 15 else "see its reference for the names it has"
+    )
+    remedy = f"did you mean {near[0]}?" if near else remedy if names else "it has no options: drop it"
     return Problem(f"{prefix}.{key} is not an option of {who}", f"{prefix}.{key}", remedy)
 
 
 def convert(hint: Any, value: Any) -> Any:
-    """`value` as `hint`. Raises Misfit."""
+    """`value` as the annotation `hint`. Raises Misfit, or ValueError of a Schedule's own words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         converted = convert(arguments[0], value)
         for bound in arguments[1:]:
-            if isinstance(bound, Range) and converted is not None:
+            if isinstance(bound, Range):
                 _within(bound, converted)
         return converted
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
+    if origin in _UNIONS:
         return _either(arguments, value)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool) != any(isinstance(a, bool) for a in arguments):
+        if not any(type(value) is type(word) and value == word for word in arguments):
             raise Misfit(f"is not one of {', '.join(map(str, arguments))}")
         return value
-    if origin in (tuple, list):
-        if not isinstance(value, list | tuple):
-            raise Misfit("is not a list")
-        return origin(convert(arguments[0], item) for item in value)
+    container = _container(origin or hint)
+    return container(arguments, value) if container else _scalar(hint, value)
+
+
+def _container(origin: Any) -> Callable[[tuple[Any, ...], Any], Any] | None:
     if origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            raise Misfit("is not a mapping")
-        return {k: convert(arguments[1], v) for k, v in value.items()}
-    return _scalar(hint, value)
+        return _dict
+    if origin in (list, Sequence):
+        return lambda arguments, value: list(_items(arguments[:1] or (Any,), value))
+    if origin is tuple:
+        return _tuple
+    return None
+
+
+def _dict(arguments: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise Misfit("is not a mapping")
+    inner = arguments[1] if arguments else Any
+    return {key: _inner(inner, item, key) for key, item in value.items()}
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if not arguments or arguments[-1] is Ellipsis:
+        return tuple(_items(arguments[:1] or (Any,), value))
+    if isinstance(value, list | tuple) and len(value) != len(arguments):
+        raise Misfit(f"has {len(value)} items, not {len(arguments)}")
+    return tuple(_items(arguments, value))
+
+
+def _items(hints: tuple[Any, ...], value: Any) -> Iterable[Any]:
+    """Items of a list; one hint stands for all, several stand for one each."""
+    if not isinstance(value, list | tuple):
+        raise Misfit("is not a list")
+    each = hints * len(value) if len(hints) == 1 else hints
+    return [_inner(hint, item, index) for index, (hint, item) in enumerate(zip(each, value, strict=True))]
+
+
+def _inner(hint: Any, item: Any, where: object) -> Any:
+    try:
+        return convert(hint, item)
+    except Misfit as error:
+        raise Misfit(f"does not fit: its item {where} {error}") from None
 
 
 def _scalar(hint: Any, value: Any) -> Any:
+    if hint is Any:
+        return value
     if hint is Schedule:
         return Schedule.parse(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and not _too_long(value)
+    if hint is float and number and not math.isnan(value):
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and number and float(value).is_integer():
         return int(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if hint in (bool, str) and isinstance(value, hint):
         return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise Misfit(f"is not {words.get(hint, getattr(hint, '__name__', str(hint)))}")
+    if hint in (None, type(None)) and value is None:
+        return None
+    if is_dataclass(hint):
+        made, faults = build(hint, value, "", "it")
+        if not faults:
+            return made
+        raise Misfit("does not fit: " + "; ".join(fault.message.lstrip(".") for fault in faults))
+    raise Misfit(f"is not {_WORDS.get(hint, getattr(hint, '__name__', str(hint)))}")
+
+
+def _too_long(value: float) -> bool:
+    """Whether it is an integer of so many digits that no float holds it."""
+    return isinstance(value, int) and value.bit_length() > 1000
 
 
 def _either(arguments: tuple[Any, ...], value: Any) -> Any:
-    if value is None:
-        if type(None) in arguments:
-            return None
-        raise Misfit("is empty")
+    """The first member that fits; a null fits null only, whatever else would take it."""
+    if value is None and type(None) in arguments:
+        return None
     faults = []
     for hint in arguments:
-        if hint is type(None):
-            continue
-        try:
-            return convert(hint, value)
-        except ValueError as error:
-            faults.append(error)
-    raise faults[0]
+        if hint is not type(None):
+            try:
+                return convert(hint, value)
+            except ValueError as error:
+                faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    raise Misfit(", and ".join(str(fault) for fault in faults))
 
 
 def _within(bound: Range, value: Any) -> None:
-    numbers: tuple[float, ...] = (value,) if isinstance(value, int | float) else ()
-    if isinstance(value, Schedule):
+    if isinstance(value, list | tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _within(bound, item)
+        return
+    numbers: tuple[float, ...] = ()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        numbers = (value,)
+    elif isinstance(value, Schedule):
         numbers = (value.lowest, value.highest)
     for number in numbers:
         low = bound.minimum is not None and number < bound.minimum
         high = bound.maximum is not None and number > bound.maximum
         if low or high:
-            ends = ["" if end is None else f"{end:g}" for end in (bound.minimum, bound.maximum)]
-            raise Misfit(f"is out of range ({' to '.join(ends).strip()})")
+            raise Misfit(f"is out of range ({_bounds(bound)})")
 
 
-def _first_line(cls: type, name: str) -> str:
+def _bounds(bound: Range) -> str:
+    if bound.maximum is None:
+        return f"{bound.minimum:g} or more"
+    return (
+        f"{bound.maximum:g} or less" if bound.minimum is None else f"{bound.minimum:g} to {bound.maximum:g}"
+    )
+
+
+def _show(value: Any) -> str:
+    """A value as a recipe writes it, cut where it is long."""
+    words = {None: "null", True: "true", False: "false"}
+    said = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return said if len(said) <= 80 else said[:77] + "..."
+
+
+def _remedy(cls: type, name: str, value: Any) -> str:
+    """How to write a token count as a number, or else what the field's docstring says."""
+    try:
+        if isinstance(value, str) and value[-1:] in tuple("KMBT"):
+            return f"write it as a number: {parse_tokens(value):.15g}"
+    except ValueError:
+        pass
     return field_docs(cls).get(name, "").split("\n")[0]
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field -> the docstring below it, read from the source of a dataclass."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return {}
-    docs, body = {}, tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
-    for this, following in zip(body, body[1:], strict=False):
-        if (
-            isinstance(this, ast.AnnAssign)
-            and isinstance(this.target, ast.Name)
-            and isinstance(following, ast.Expr)
-        ):
-            value = following.value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                docs[this.target.id] = inspect.cleandoc(value.value)
+    """Field -> the docstring below it, of a dataclass and what it inherits from; {} without source."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
+        for this, following in zip(body, body[1:], strict=False):
+            text = _text(following)
+            if isinstance(this, ast.AnnAssign) and isinstance(this.target, ast.Name) and text is not None:
+                docs[this.target.id] = inspect.cleandoc(text)
     return docs
 
 
-def check_megatron(cls: type, values: Mapping[str, Any], prefix: str) -> list[Problem]:
-    """Unknown fields and plainly wrong scalars among fields of a megatron-core dataclass."""
-    known = {field.name: field for field in fields(cls)}
+def _text(statement: ast.stmt) -> str | None:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+
+
+def check_megatron(cls: Any, values: Mapping[str, Any], prefix: str) -> list[Problem]:
+    """Unknown fields and plainly wrong values among fields of a megatron-core dataclass.
+
+    Annotations of scalars, `Literal`s and plain classes (an enum, torch.dtype) are checked; a field's own
+    default always fits; callables and anything else that is not plain take any value.
+    """
+    known = {field.name: field for field in fields(cls) if field.init}
     problems = []
     for name, value in values.items():
         key = f"{prefix}.{name}"
         if name not in known:
             problems.append(unknown(name, known, prefix, f"megatron-core's {cls.__name__}"))
             continue
-        wanted = _scalars(known[name].type)
-        if wanted and not _fits(wanted, value):
-            said = f"{key}={value!r} is not {' or '.join(sorted(w.__name__ for w in wanted))}"
+        hint = known[name].type
+        default = known[name].default
+        if not _fits(hint, value) and not (type(value) is type(default) and value == default):
+            said = f"{key}={_show(value)} is not {_named(hint)}"
             problems.append(Problem(said, key, f"see megatron-core's {cls.__name__}.{name}"))
     return problems
 
 
-def _scalars(hint: Any) -> set[type]:
-    """The scalar types of an annotation; empty when it holds anything else, and then nothing is checked."""
-    if isinstance(hint, str):
-        return set()
-    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return set(parts) if all(part in (int, float, bool, str, type(None)) for part in parts) else set()
+def _fits(hint: Any, value: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in _UNIONS:
+        return any(_fits(member, value) for member in arguments)
+    if origin is Literal:
+        return any(type(value) is type(word) and value == word for word in arguments)
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:
+        return isinstance(value, int | float)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
-def _fits(wanted: set[type], value: Any) -> bool:
-    if isinstance(value, bool):
-        return bool in wanted
-    return isinstance(value, tuple(wanted)) or (float in wanted and isinstance(value, int))
+def _named(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in _UNIONS:
+        return " or ".join(_named(member) for member in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (list, tuple):
+        return "a list"
+    return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}, which a recipe can't write")
+
+
+__all__ = ["Misfit", "build", "check_megatron", "convert", "field_docs", "unknown"]

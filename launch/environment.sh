@@ -77,7 +77,7 @@ install() { # installs dsplugins[$1] into $VENV
         "$VENV/bin/python" -m ensurepip >/dev/null
     fi
     echo "installing dsplugins[$1] into $VENV: some minutes the first time, torch is large"
-    if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$1]"; then
+    if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "${ROOT}[$1]"; then
         echo "pip failed after $((SECONDS - began)) s, see above; run this again when that is mended." >&2
         return 4
     fi

@@ -1,33 +1,154 @@
-"""Local ranks: exit codes pass through, one failure ends all."""
+"""Local ranks: exit codes pass through, one failure ends all, signals reach everyone."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
-from dsplugins.launcher import run_local
+from dsplugins import launcher
+from dsplugins.launcher import inside_torchrun, run_local
+
+SLEEPS = "import os, sys, time, signal, pathlib; rank = int(os.environ['RANK'])\n"
+LAUNCHER = "import sys; from dsplugins.launcher import run_local; sys.exit(run_local(2, [], sys.argv[1:]))"
+
+
+def ranks(world_size, program):
+    """Exit code of `world_size` processes that run `program`, which knows its `rank`."""
+    return run_local(world_size, [], [sys.executable, "-c", SLEEPS + program])
+
+
+def until(there, seconds=20.0):
+    """Wait until `there()` is true."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def ended(process_id):
+    """Whether a process is gone, or is a zombie that nobody has collected."""
+    try:
+        return open(f"/proc/{process_id}/stat").read().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 @pytest.mark.parametrize("code", [0, 3, 4, 75])
 def test_codes_pass_through(code):
-    program = f"import os, sys; sys.exit({code} if os.environ['RANK'] == '1' else 0)"
-    assert run_local(2, [], [sys.executable, "-c", program]) == code
+    assert ranks(2, f"sys.exit({code} if rank == 1 else 0)") == code
 
 
 def test_one_failure_ends_the_others():
-    program = "import os, sys, time; time.sleep(60 if os.environ['RANK'] == '0' else 0); sys.exit(3)"
     began = time.monotonic()
-    assert run_local(2, [], [sys.executable, "-c", program]) == 3
+    assert ranks(2, "time.sleep(60 if rank == 0 else 0); sys.exit(3)") == 3
     assert time.monotonic() - began < 20
+
+
+def test_the_first_failure_counts_not_what_it_causes(tmp_path):
+    # Rank 0 sees the other end of a pipe close, as it would a peer's socket, and crashes at once.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    program = f"""
+if rank == 1:
+    pipe = os.open(r'{pipe}', os.O_WRONLY)
+    os._exit(4)
+pipe = os.open(r'{pipe}', os.O_RDONLY)
+os.read(pipe, 1)
+os._exit(1)
+"""
+    assert [ranks(2, program) for _ in range(5)] == [4] * 5
+
+
+def test_a_crash_outweighs_an_early_stop():
+    assert ranks(2, "time.sleep(0.3 * rank); sys.exit(1 if rank == 1 else 75)") == 1
+
+
+def test_a_rank_that_ignores_the_request_is_killed(monkeypatch):
+    monkeypatch.setattr(launcher, "ECHO", 0.5)
+    monkeypatch.setattr(launcher, "GRACE", 0.5)
+    began = time.monotonic()
+    program = """
+if rank == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+time.sleep(0.3)
+sys.exit(4)
+"""
+    assert ranks(2, program) == 4
+    assert time.monotonic() - began < 20
+
+
+def test_a_killed_rank_is_named(capfd):
+    assert ranks(2, "time.sleep(0.1)\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)") == 137
+    assert capfd.readouterr().err == "rank 1 was killed by SIGKILL (out of memory?)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_rank_once(tmp_path, number):
+    program = f"""
+def stop(number, frame):
+    with open(r'{tmp_path}/' + str(rank), 'a') as file: file.write('stop ')
+    time.sleep(0.5)
+    sys.exit(75)
+signal.signal(signal.{number.name}, stop)
+pathlib.Path(r'{tmp_path}', str(rank)).touch()
+time.sleep(60)
+"""
+    line = [sys.executable, "-c", LAUNCHER, sys.executable, "-c", SLEEPS + program]
+    process = subprocess.Popen(line, start_new_session=True)
+    until(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)))
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to the whole group
+    assert process.wait(30) == 75
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["stop ", "stop "]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
+    program = f"""
+pathlib.Path(r'{tmp_path}', str(rank)).write_text(f'{{os.getpid()}} ')
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, sys.executable, "-c", SLEEPS + program])
+    files = [tmp_path / str(rank) for rank in range(2)]
+    until(lambda: all(file.exists() and file.read_text().endswith(" ") for file in files))
+    process.kill()
+    process.wait()
+    until(lambda: all(ended(int(file.read_text())) for file in files))
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    ranks(1, "")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_ranks_know_each_other(tmp_path):
     program = (
-        "import os, pathlib; e = os.environ; "
+        "e = os.environ; "
         f"pathlib.Path(r'{tmp_path}', e['RANK']).write_text(e['WORLD_SIZE'] + ' ' + e['MASTER_PORT'])"
     )
-    assert run_local(3, [], [sys.executable, "-c", program]) == 0
+    assert ranks(3, program) == 0
     said = {(tmp_path / str(rank)).read_text() for rank in range(3)}
     assert len(said) == 1 and said.pop().startswith("3 ")
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "3"), ("5", "5")])
+def test_cores_are_shared_unless_told_otherwise(tmp_path, monkeypatch, given, wanted):
+    monkeypatch.setattr(launcher, "_cores", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    program = f"pathlib.Path(r'{tmp_path}', str(rank)).write_text(os.environ['OMP_NUM_THREADS'])"
+    assert ranks(2, program) == 0
+    assert (tmp_path / "1").read_text() == wanted
+
+
+def test_a_rank_knows_that_it_is_one(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert not inside_torchrun()
+    assert ranks(1, "from dsplugins.launcher import inside_torchrun; sys.exit(not inside_torchrun())") == 0

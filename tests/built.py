@@ -1,0 +1,34 @@
+"""A tiny model as the loop builds it, for jobs of resident workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+@contextlib.contextmanager
+def tiny_model(*overrides, recipe=TINY):
+    """(plan, settings, plugins, bare chunks with initial weights) in this worker's world."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    from dsplugins import model, settings, weights
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+
+    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
+    MTPLossLoggingHelper.tracker.clear()
+    loaded = Recipe.load(recipe, [*overrides, f"run.world_size={torch.distributed.get_world_size()}"])
+    plugins, plan = prepare(loaded)
+    settled = settings.settle(plan, plugins, loaded)
+    model.start_groups(plan.layout, plan.train.seed)
+    try:
+        chunks = model.build_chunks(plan, settled, plugins)
+        weights.initialise(chunks, plan.train.seed, settled.model.init_method_std)
+        yield plan, settled, plugins, chunks
+    finally:
+        parallel_state.destroy_model_parallel()
