@@ -1,8 +1,8 @@
 """Local processes of a run, started as torchrun would start them, with their exit codes kept.
 
 torchrun's own library (`torch.distributed.elastic`) is not used: it turns a stop into a `SignalException`
-that drops the ranks' codes, kills a rank that still writes its checkpoint after 30 s, looks once a second
-and so can't tell which rank failed first, and costs an import of torch before anything starts.
+that drops the ranks' codes, kills a rank that still writes its checkpoint after 30 s, and costs an import
+of torch (seconds) before anything starts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+KNOWN_CAUSES = (3, 4)
+"""Exit codes that a rank gives by itself, never because another one is gone: recipe, environment."""
 STOPPED = 75
 """Exit code of a rank that stopped early, as it was asked to."""
 ECHO = 2.0
@@ -38,9 +41,9 @@ def inside_torchrun() -> bool:
 def run_local(world_size: int, arguments: Sequence[str], command: Sequence[str] | None = None) -> int:
     """Run `python -m dsplugins ARGUMENTS` (or `command`) as `world_size` ranks on this machine.
 
-    Returns 0, the code of the rank that failed first (128 + n if signal n killed it), or 75 if all
-    that ended otherwise stopped early. SIGTERM and SIGINT are handed on to the ranks; when one rank fails,
-    all are ended. No restarts.
+    Returns 0 if all did; else the code that tells most: 3 or 4, then 128 + n of a rank that signal n
+    killed, then any other of the rank that failed first; 75 if all that did not end with 0 stopped early.
+    SIGTERM, SIGINT and SIGHUP are handed on; when one rank fails, all are ended. No restarts.
     """
     line = list(command) if command else [sys.executable, "-m", "dsplugins", *arguments]
     port = _free_port()
@@ -104,28 +107,38 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Rank -> return code, in the order in which they ended. The first failure ends the others."""
+@dataclass(frozen=True)
+class End:
+    """How a rank ended."""
+
+    code: int
+    """As `subprocess` gives it: negative for a signal."""
+    pressed: bool
+    """Whether we had sent it a signal by then, because another one had ended."""
+
+
+def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> list[End]:
+    """The ends of all ranks, in the order in which they were seen. The first failure ends the others."""
     ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     for rank, process in enumerate(ranks):
         threading.Thread(target=_report, args=(rank, process, ended), daemon=True).start()
-    codes: dict[int, int] = {}
+    ends: dict[int, End] = {}
     pressure, limit = signal.SIGTERM, math.inf
-    while len(codes) < len(ranks):
+    while len(ends) < len(ranks):
         try:
             rank, code = ended.get(timeout=_seconds_until(limit))
         except queue.Empty:
             for rank, process in enumerate(ranks):
-                if rank not in codes:
+                if rank not in ends:
                     process.send_signal(pressure)
             pressure, limit = signal.SIGKILL, time.monotonic() + GRACE
             continue
-        if code < 0 and not any(codes.values()):
-            print(f"rank {rank} was killed by {_signal_name(-code)}", file=sys.stderr, flush=True)
-        if code and pressure == signal.SIGTERM:
+        ends[rank] = End(code, pressed=pressure == signal.SIGKILL)
+        if code and not ends[rank].pressed:
             limit = min(limit, time.monotonic() + (PARTING if code == STOPPED else ECHO))
-        codes[rank] = code
-    return codes
+            if code < 0:
+                print(f"rank {rank} was killed by {_signal_name(-code)}", file=sys.stderr, flush=True)
+    return list(ends.values())
 
 
 def _report(rank: int, process: subprocess.Popen[bytes], ended: queue.SimpleQueue[tuple[int, int]]) -> None:
@@ -136,10 +149,22 @@ def _seconds_until(limit: float) -> float | None:
     return None if limit == math.inf else max(limit - time.monotonic(), 0.0)
 
 
-def _verdict(codes: dict[int, int]) -> int:
-    bad = [code for code in codes.values() if code]
-    first = next((code for code in bad if code != STOPPED), bad[0] if bad else 0)
-    return first if first >= 0 else 128 - first
+def _verdict(ends: Sequence[End]) -> int:
+    code = min((end for end in ends if end.code), key=_weight, default=End(0, False)).code
+    return code if code >= 0 else 128 - code
+
+
+def _weight(end: End) -> int:
+    """Less for an end that is more of a cause: a rank whose peer is gone crashes too, and which of the two
+    the kernel reports first is a matter of luck.
+    """
+    if end.code in KNOWN_CAUSES:
+        return 0
+    if end.code == STOPPED:
+        return 4
+    if end.pressed:
+        return 3
+    return 1 if end.code < 0 else 2
 
 
 def _signal_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What the repository promises about itself: no private paths, no loose ends, a contract that is versioned."""
+"""What every tracked file and every hook keeps to."""
 
 from __future__ import annotations
 

@@ -49,19 +49,20 @@ def test_one_failure_ends_the_others():
     assert time.monotonic() - began < 20
 
 
-def test_the_first_failure_counts_not_what_it_causes(tmp_path):
+@pytest.mark.parametrize(("end", "code"), [("os._exit(4)", 4), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
+def test_the_cause_counts_not_what_it_leads_to(tmp_path, end, code):
     # Rank 0 sees the other end of a pipe close, as it would a peer's socket, and crashes at once.
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     program = f"""
 if rank == 1:
     pipe = os.open(r'{pipe}', os.O_WRONLY)
-    os._exit(4)
+    {end}
 pipe = os.open(r'{pipe}', os.O_RDONLY)
 os.read(pipe, 1)
 os._exit(1)
 """
-    assert [ranks(2, program) for _ in range(5)] == [4] * 5
+    assert [ranks(2, program) for _ in range(5)] == [code] * 5
 
 
 def test_a_crash_outweighs_an_early_stop():

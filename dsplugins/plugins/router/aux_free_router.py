@@ -59,7 +59,8 @@ class AuxFreeRouter(CountingRouter):
             counts = self.summed_over_sequence(counts)
         whole = length * self.tp_cp_group.size()
         shares = normalised(scores).sum(dim=0)
-        return alpha * (counts * shares).sum(dim=-1).mean() * experts / (topk * whole * whole)
+        # In megatron-core's order of operations, so that both round alike.
+        return torch.sum(shares * counts) * (experts * alpha / (topk * whole * whole)) / scores.shape[1]
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert: torch.Tensor) -> None:

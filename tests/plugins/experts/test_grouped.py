@@ -124,10 +124,7 @@ def described(experts, metadata) -> dict[str, list[tuple]]:
     """Local key -> where each piece belongs in the whole."""
     found = {}
     for name, tensor in experts.sharded_state_dict("mlp.experts.", metadata=metadata).items():
-        if hasattr(tensor, "build"):
-            pieces = tensor.build()
-        else:
-            pieces = [tensor]
+        pieces = tensor.build() if hasattr(tensor, "build") else [tensor]
         if name.endswith(".weight"):
             found[name] = [
                 (

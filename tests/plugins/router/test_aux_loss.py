@@ -132,6 +132,6 @@ def test_settings_and_problems():
     assert written["model.moe_router_score_function"] == "softmax"
     from oracles.tiny_moe import moe_config
 
-    config = moe_config(moe_router_num_groups=3, moe_z_loss_coeff=1e-3)
+    config = moe_config(moe_router_group_topk=3, moe_z_loss_coeff=1e-3)
     found = PLUGIN.ds_check(SimpleNamespace(), SimpleNamespace(model=config))
-    assert [p.key for p in found] == ["model.moe_z_loss_coeff", "model.moe_router_num_groups"]
+    assert [p.key for p in found] == ["model.moe_z_loss_coeff", "model.moe_router_group_topk"]
