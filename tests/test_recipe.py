@@ -325,7 +325,7 @@ def test_extends_looks_beside_the_file_first(folder, monkeypatch):
     (shipped / "base.yaml").write_text("model: {from_shipped: 1}\n")
     (shipped / "other.yaml").write_text("model: {other: 1}\n")
     (shipped / "v3" / "tiny.yaml").write_text("extends: [base.yaml]\n")
-    monkeypatch.setattr("dsplugins.recipe.recipe_folder", lambda: shipped)
+    monkeypatch.setattr("dsplugins.recipe_merge.recipe_folder", lambda: shipped)
     assert Recipe.load("v3/tiny.yaml").sections["model"] == {"from_shipped": 1}
     assert Recipe.load("v3/tiny.yaml").name == "tiny"
     (folder / "top.yaml").write_text("extends: [base.yaml, other.yaml]\n")

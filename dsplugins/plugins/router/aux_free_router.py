@@ -25,7 +25,10 @@ class AuxFreeRouter(CountingRouter):
         scores = torch.sigmoid(logits.float())
         probs, routing_map = self.choose(scores.view(-1, scores.shape[-1]))
         alpha = self.config.moe_aux_loss_coeff
-        loss = self.sequence_loss(scores, alpha) if alpha and self.recording else None
+        loss = None
+        if alpha and self.recording:
+            # Affinities of its own, as in megatron-core: gradients are summed in the same order, bit for bit.
+            loss = self.sequence_loss(torch.sigmoid(logits.float()), alpha)
         return self.recorded(probs.type_as(logits), routing_map, loss), routing_map
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
