@@ -13,6 +13,7 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
     """Train in this worker's world; rows of `metrics.jsonl`, counts, and facts of the built model."""
     import torch
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from dsplugins import train
@@ -23,7 +24,9 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
 
     world = torch.distributed.get_world_size()
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(torch.distributed.get_rank())}
+    # What core keeps for the whole process, in the shape of the first run.
     MTPLossLoggingHelper.tracker.clear()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     with tempfile.TemporaryDirectory() as folder:
         loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
         plugins, plan = prepare(loaded)

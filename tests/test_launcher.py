@@ -108,6 +108,10 @@ time.sleep(60)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["stop ", "stop "]
 
 
+def test_a_terminal_does_not_signal_ranks_behind_our_back():
+    assert ranks(2, "sys.exit(os.getsid(0) != os.getpid())") == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
     program = f"""

@@ -9,12 +9,10 @@ import click
 
 COMMANDS = {
     "train": "Train a recipe.",
-    "check": "Find what is wrong with a recipe, without starting it.",
     "explain": "Show every effective value of a recipe with its origin, and who owns each slot.",
     "plugins": "List installed plugins, or show one.",
     "recipes": "List shipped recipes.",
     "doctor": "Look at this machine: versions, libraries, duplicates.",
-    "bench": "Measure how fast a recipe's steps are.",
 }
 """Name -> one line of help; each command is `command` in the module of its name."""
 

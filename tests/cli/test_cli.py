@@ -1,4 +1,4 @@
-"""The command's frame: lazy commands, errors as one message and a code, and what other packages can do to it."""
+"""The command's frame: lazy commands, errors as one message and a code, other packages in the way."""
 
 from __future__ import annotations
 
@@ -164,8 +164,8 @@ def test_debug_shows_the_calls(ending):
 
 
 def test_list_marks_what_no_recipe_can_name(tmp_path):
-    entry_points = "[dsplugins.attention]\nmla = x:X\nNo.Name = x:X\n[dsplugins.event]\nfine = x:X\n[dsplugins.nowhere]\nlost = x:X\n"
-    install(tmp_path, "somebody", "2.0", entry_points)
+    known = "[dsplugins.attention]\nmla = x:X\nNo.Name = x:X\n[dsplugins.event]\nfine = x:X\n"
+    install(tmp_path, "somebody", "2.0", known + "[dsplugins.nowhere]\nlost = x:X\n")
     rows = json.loads(dsplugins("plugins", "list", "--json", beside=tmp_path).stdout)
     marked = {(row["name"], row["distribution"]): row["marks"] for row in rows if row["marks"]}
     assert set(marked) == {

@@ -188,4 +188,5 @@ def test_problems():
     assert problems(activation_func_clamp_value=7.0) == ["model.activation_func_clamp_value"]
     assert problems(moe_ffn_hidden_size=30) == ["model.moe_ffn_hidden_size"]
     assert problems(params_dtype=torch.bfloat16, moe_ffn_hidden_size=36) == ["model.moe_ffn_hidden_size"]
-    assert problems(num_moe_experts=None, moe_ffn_hidden_size=None) == []
+    dense = SimpleNamespace(model=SimpleNamespace(num_moe_experts=None))
+    assert Grouped().ds_check(SimpleNamespace(layout=Layout()), dense) == []
