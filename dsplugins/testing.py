@@ -272,13 +272,11 @@ def model_parallel(
     Data parallel is what is left of the world. Groups are destroyed on leaving. To be entered by all
     ranks together; `virtual_pipeline` 1 counts as none.
     """
-    import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    before = set(dist.distributed_c10d._world.pg_map)
     chunks = virtual_pipeline if virtual_pipeline and virtual_pipeline > 1 else None
-    try:
+    with temporary_groups():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
@@ -289,6 +287,17 @@ def model_parallel(
             order=order,
         )
         model_parallel_cuda_manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def temporary_groups() -> Iterator[None]:
+    """Destroy megatron-core's groups, and every process group made inside, on leaving."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    before = set(dist.distributed_c10d._world.pg_map)
+    try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -333,4 +342,4 @@ def single(_world_of_one: torch.device) -> Iterator[torch.device]:
         yield _world_of_one
 
 
-__all__ = ["JobFailed", "Workers", "model_parallel", "prepare_cpu", "single", "workers"]
+__all__ = ["JobFailed", "Workers", "model_parallel", "prepare_cpu", "single", "temporary_groups", "workers"]

@@ -13,13 +13,13 @@ TINY = Path(__file__).parent / "tiny.yaml"
 def tiny_model(*overrides, recipe=TINY):
     """(plan, settings, plugins, bare chunks with initial weights) in this worker's world."""
     import torch
-    from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from dsplugins import model, settings, weights
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
+    from dsplugins.testing import temporary_groups
 
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
     # What core keeps for the whole process, in the shape of the first run.
@@ -28,10 +28,8 @@ def tiny_model(*overrides, recipe=TINY):
     loaded = Recipe.load(recipe, [*overrides, f"run.world_size={torch.distributed.get_world_size()}"])
     plugins, plan = prepare(loaded)
     settled = settings.settle(plan, plugins, loaded)
-    model.start_groups(plan.layout, plan.train.seed)
-    try:
+    with temporary_groups():
+        model.start_groups(plan.layout, plan.train.seed)
         chunks = model.build_chunks(plan, settled, plugins)
         weights.initialise(chunks, plan.train.seed, settled.model.init_method_std)
         yield plan, settled, plugins, chunks
-    finally:
-        parallel_state.destroy_model_parallel()

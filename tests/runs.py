@@ -12,7 +12,6 @@ TINY = Path(__file__).parent / "tiny.yaml"
 def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
     """Train in this worker's world; rows of `metrics.jsonl`, counts, and facts of the built model."""
     import torch
-    from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
@@ -21,13 +20,14 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
     from dsplugins.recipe import Recipe
     from dsplugins.rundir import RunDirectory
     from dsplugins.show import Display
+    from dsplugins.testing import temporary_groups
 
     world = torch.distributed.get_world_size()
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(torch.distributed.get_rank())}
     # What core keeps for the whole process, in the shape of the first run.
     MTPLossLoggingHelper.tracker.clear()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, temporary_groups():
         loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
         plugins, plan = prepare(loaded)
         started = train.start_process_group
@@ -45,5 +45,4 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
             evaluation = vars(run.evaluation)
         finally:
             train.start_process_group = started
-            parallel_state.destroy_model_parallel()
     return {"rows": rows, "counts": counts, "evaluation": evaluation}
