@@ -232,11 +232,17 @@ def _text(statement: ast.stmt) -> str | None:
     return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
 
 
+NULLABLE = ("q_lora_rank",)
+"""Fields that megatron-core declares as numbers and reads as "none of it" when null: queries without a latent
+(transformer/multi_latent_attention.py)."""
+
+
 def check_megatron(cls: Any, values: Mapping[str, Any], prefix: str) -> list[Problem]:
     """Unknown fields and plainly wrong values among fields of a megatron-core dataclass.
 
     Annotations of scalars, `Literal`s and plain classes (an enum, torch.dtype) are checked; a field's own
-    default always fits; callables and anything else that is not plain take any value.
+    default always fits, and null where core reads it; callables and anything else that is not plain take
+    any value.
     """
     known = {field.name: field for field in fields(cls) if field.init}
     problems = []
@@ -247,6 +253,8 @@ def check_megatron(cls: Any, values: Mapping[str, Any], prefix: str) -> list[Pro
             continue
         hint = known[name].type
         default = known[name].default
+        if value is None and name in NULLABLE:
+            continue
         if not _fits(hint, value) and not (type(value) is type(default) and value == default):
             said = f"{key}={_show(value)} is not {_named(hint)}"
             problems.append(Problem(said, key, f"see megatron-core's {cls.__name__}.{name}"))

@@ -216,6 +216,8 @@ MEGATRON: list[tuple[str, Any, str | None]] = [
     ("num_layers", 4, None),
     ("num_layers", "4", "model.num_layers='4' is not a whole number"),
     ("num_layers", True, "is not a whole number"),
+    ("num_layers", None, "is not a whole number"),
+    ("q_lora_rank", None, None),
     ("hidden_dropout", 0, None),
     ("hidden_dropout", "a lot", "is not a number"),
     ("moe_router_topk_scaling_factor", None, None),

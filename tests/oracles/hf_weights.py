@@ -68,11 +68,22 @@ def _layer(hf: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
             gate, up = hf[f"{mlp}.gate_proj.weight"], hf[f"{mlp}.up_proj.weight"]
             yield f"{mlp}.linear_fc1.weight", torch.cat([gate, up])
             yield f"{mlp}.linear_fc2.weight", hf[f"{mlp}.down_proj.weight"]
-    if "mlp.experts.gate_up_proj" in hf:
-        packed = zip(hf["mlp.experts.gate_up_proj"], hf["mlp.experts.down_proj"], strict=True)
-        for e, (gate_up, down) in enumerate(packed):
-            yield f"mlp.experts.local_experts.{e}.linear_fc1.weight", gate_up
-            yield f"mlp.experts.local_experts.{e}.linear_fc2.weight", down
+    if "mlp.experts.gate_up_proj" in hf:  # [E, 2I, H], gate first, and [E, H, I]
+        yield "mlp.experts.weight1", hf["mlp.experts.gate_up_proj"]
+        yield "mlp.experts.weight2", hf["mlp.experts.down_proj"]
+
+
+def one_by_one(named: Tensors) -> dict[str, torch.Tensor]:
+    """The packed experts of `grouped` under the names of `sequential`."""
+    apart = {}
+    for name, value in named.items():
+        layer = {"weight1": "linear_fc1", "weight2": "linear_fc2"}.get(name.rpartition(".")[2])
+        if layer is None:
+            apart[name] = value
+            continue
+        prefix = name.rpartition(".")[0]
+        apart |= {f"{prefix}.local_experts.{e}.{layer}.weight": each for e, each in enumerate(value)}
+    return apart
 
 
 def _under(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
