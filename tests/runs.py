@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
 
-def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
-    """Train in this worker's world; rows of `metrics.jsonl`, counts, and facts of the built model."""
+@contextlib.contextmanager
+def assembled(overrides: list[str], recipe: str = str(TINY)) -> Iterator[Any]:
+    """The assembly of a run in this worker's world; core's groups are gone afterwards."""
     import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    from dsplugins import train
+    from dsplugins.assemble import assemble
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
-    from dsplugins.rundir import RunDirectory
-    from dsplugins.show import Display
     from dsplugins.testing import temporary_groups
 
     world = torch.distributed.get_world_size()
@@ -27,22 +28,25 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict:
     # What core keeps for the whole process, in the shape of the first run.
     MTPLossLoggingHelper.tracker.clear()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    with tempfile.TemporaryDirectory() as folder, temporary_groups():
-        loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
-        plugins, plan = prepare(loaded)
-        started = train.start_process_group
-        train.start_process_group = lambda platform: torch.distributed.get_rank()
-        try:
-            run = train.Run(loaded, plan, plugins, RunDirectory(Path(folder)), Display(speaks=False))
-            rows, counts = [], []
-            done = consumed = 0
-            while done < plan.train.steps:
-                step, row = run._step(done, consumed)
-                done, consumed = step.step, consumed + step.global_batch
-                rows.append(row)
-                counts.append(step.expert_counts.tolist() if step.expert_counts is not None else None)
-            run._evaluate(done)
-            evaluation = vars(run.evaluation)
-        finally:
-            train.start_process_group = started
-    return {"rows": rows, "counts": counts, "evaluation": evaluation}
+    loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
+    plugins, plan = prepare(loaded)
+    with temporary_groups():
+        platform = plugins.slot("platform", plan=plan)
+        yield assemble(loaded, plan, plugins, platform, platform.prepare(0))
+
+
+def trained(overrides: list[str], recipe: str = str(TINY)) -> dict[str, Any]:
+    """Train in this worker's world: rows of `metrics.jsonl`, expert counts, the evaluation at the end."""
+    from dsplugins.evaluate import evaluate
+    from dsplugins.step import Progress, take_step
+    from dsplugins.train import as_row
+
+    with assembled(overrides, recipe) as run:
+        rows, counts, progress = [], [], Progress()
+        while progress.steps < run.plan.train.steps:
+            step = take_step(run, progress)
+            progress = progress.after(step.global_batch)
+            rows.append(as_row(step, run.plan.data.seq_length))
+            counts.append(step.expert_counts.tolist() if step.expert_counts is not None else None)
+        found = evaluate(run.plan, run.data, run.chunks, run.forward_backward, progress.steps, run.device)
+    return {"rows": rows, "counts": counts, "evaluation": vars(found)}

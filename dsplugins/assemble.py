@@ -1,0 +1,109 @@
+"""Recipe and plugins -> one rank's assembly: everything that a step needs, built, wired and audited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsplugins import audit, model, process_group, routers, settings
+from dsplugins.contracts import Plan, Problem, RecipeError, Settings
+from dsplugins.finalize import GradientChain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from dsplugins.contracts import Data, Platform
+    from dsplugins.manager import Plugins
+    from dsplugins.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What one rank trains with."""
+
+    plan: Plan
+    plugins: Plugins
+    platform: Platform
+    device: torch.device
+    rank: int
+    settings: Settings
+    data: Data
+    chunks: list[Any]
+    """Model chunks in their DDP wrappers, in order."""
+    forward_backward: Callable[..., list[Any]]
+    """The schedule slot's, with the signature of megatron-core's."""
+    optimizer: Any
+    balance: routers.Balance
+    chain: GradientChain
+    """What happens between backward and optimizer."""
+    configs: tuple[Any, ...]
+    """Every configuration object that a module of this rank reads; scheduled fields are set on all."""
+
+
+def assemble(
+    recipe: Recipe, plan: Plan, plugins: Plugins, platform: Platform, device: torch.device
+) -> Assembly:
+    """Build this rank's share of the run on `device`, which `platform` has prepared; collective.
+
+    Raises RecipeError for what the recipe asks for and can't be, EnvironmentUnfit for what this machine
+    lacks or where ranks differ, AuditFailure where something else was built than was chosen.
+    """
+    rank = process_group.start(platform)
+    process_group.agree(recipe, plugins)
+    settled = settings.settle(plan, plugins, recipe)
+    data: Data = plugins.slot("data", plan=plan)
+    _check_data(plan, settled, data)
+    model.start_groups(plan.layout, plan.train.seed)
+    schedule = plugins.slot("schedule", plan=plan)
+    chunks = model.build(plan, settled, plugins, device)
+    plugins.event("ds_model_built", plan=plan, settings=settled, chunks=chunks)
+    optimizer = plugins.slot("optimizer", config=settled.optimizer, chunks=chunks)
+    balance = routers.Balance(settled.model, chunks)
+    chain = GradientChain(schedule.finalize_grads(), balance)
+    configs = _wire(settled, chunks, optimizer, chain)
+    audit.audit(plan, settled, plugins, chunks, optimizer)
+    return Assembly(
+        plan=plan,
+        plugins=plugins,
+        platform=platform,
+        device=device,
+        rank=rank,
+        settings=settled,
+        data=data,
+        chunks=chunks,
+        forward_backward=schedule.forward_backward(),
+        optimizer=optimizer,
+        balance=balance,
+        chain=chain,
+        configs=configs,
+    )
+
+
+def _wire(settled: Settings, chunks: list[Any], optimizer: Any, chain: GradientChain) -> tuple[Any, ...]:
+    """Hand megatron-core the callables that its schedules look for in the configuration."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    configs = (getattr(module, "config", None) for module in modules)
+    found = {id(config): config for config in configs if isinstance(config, type(settled.model))}
+    no_sync = [chunk.no_sync for chunk in chunks]
+    for config in found.values():
+        config.grad_scale_func = optimizer.scale_loss
+        config.finalize_model_grads_func = chain
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return tuple(found.values())
+
+
+def _check_data(plan: Plan, settled: Settings, data: Data) -> None:
+    owner, problems = plan.slots["data"], []
+    if data.vocab_size > settled.vocab_size:
+        said = f"model.vocab_size={settled.vocab_size} is less than the {data.vocab_size} tokens of {owner}"
+        problems.append(Problem(said, "model.vocab_size", f"set it to {data.vocab_size} or more"))
+    if plan.evaluate.sequences and data.validation_size < plan.train.micro_batch * plan.layout.data:
+        said = f"{owner} has {data.validation_size} validation samples, fewer than one a rank"
+        problems.append(Problem(said, "evaluate.sequences", "set it to 0 or shorten data.seq_length"))
+    if problems:
+        raise RecipeError(problems)
+
+
+__all__ = ["Assembly", "assemble"]

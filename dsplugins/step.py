@@ -1,0 +1,134 @@
+"""One optimizer step: scheduled values, forward and backward, gradients, update, and its numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+from dsplugins.batches import forward_step, micro_batches
+from dsplugins.contracts import Step
+from dsplugins.routers import max_vio
+
+if TYPE_CHECKING:
+    from dsplugins.assemble import Assembly
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What lies behind a run: all that the data order and the schedules depend on."""
+
+    steps: int = 0
+    sequences: int = 0
+
+    def after(self, batch: int) -> Progress:
+        """One step of `batch` sequences later."""
+        return Progress(self.steps + 1, self.sequences + batch)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A step's numbers over the whole cluster."""
+
+    loss: float
+    mtp_loss: float | None
+    aux_loss: float | None
+    expert_counts: torch.Tensor | None
+
+
+def take_step(run: Assembly, progress: Progress) -> Step:
+    """One step of `run` with `progress` behind it; collective over all ranks."""
+    began = time.perf_counter()
+    train, length = run.plan.train, run.plan.data.seq_length
+    now = (progress.steps, progress.sequences * length)
+    unit = train.micro_batch * run.plan.layout.data
+    batch = train.global_batch.at_multiple(*now, unit)
+    rate = train.learning_rate.at(*now)
+    scheduled = {name: schedule.at(*now) for name, schedule in run.settings.scheduled.items()}
+    _set(run, rate, scheduled)
+    losses = _forward_backward(run, progress.sequences, batch // unit)
+    run.plugins.event("ds_grads_ready", step=progress.steps + 1, chunks=run.chunks)
+    updated, norm, _ = run.optimizer.step()
+    sums = _sums(run, losses, batch // unit)
+    run.platform.synchronize()
+    return Step(
+        step=progress.steps + 1,
+        tokens=(progress.sequences + batch) * length,
+        loss=sums.loss,
+        mtp_loss=sums.mtp_loss,
+        aux_loss=sums.aux_loss,
+        grad_norm=float(norm) if norm is not None else float("nan"),
+        learning_rate=rate,
+        global_batch=batch,
+        scheduled=scheduled,
+        expert_counts=sums.expert_counts,
+        router_layers=run.balance.names,
+        max_vio=max_vio(sums.expert_counts) if sums.expert_counts is not None else None,
+        seconds=time.perf_counter() - began,
+        skipped=not updated,
+    )
+
+
+def _set(run: Assembly, rate: float, scheduled: dict[str, float]) -> None:
+    """This step's values, where megatron-core and torch read them."""
+    for config in run.configs:
+        for name, value in scheduled.items():
+            setattr(config, name, value)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+
+
+def _forward_backward(run: Assembly, first: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """`count` micro-batches a rank from sample `first` on; the losses of those that ended on this rank."""
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    train = run.plan.train
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    iterators = [
+        micro_batches(run.data.train, first, count, train.micro_batch, rank, ranks, run.device)
+        for _ in run.chunks
+    ]
+    return run.forward_backward(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=run.chunks,
+        num_microbatches=count,
+        seq_length=run.plan.data.seq_length,
+        micro_batch_size=train.micro_batch,
+        forward_only=False,
+    )
+
+
+def _sums(run: Assembly, losses: Sequence[dict[str, torch.Tensor]], count: int) -> Sums:
+    """The same on every rank: one small all-reduce a step."""
+    layout, balance = run.plan.layout, run.balance
+    copies = layout.data * layout.context
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    sums = torch.zeros(3 + balance.counts.numel(), dtype=torch.float64, device=run.device)
+    if first and losses:
+        sums[0] = torch.stack([row["loss"] for row in losses]).double().mean() / copies
+        tracker = MTPLossLoggingHelper.tracker
+        if "loss_values" in tracker:
+            sums[1] = tracker["loss_values"].double().mean() / count / copies
+    if first and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        sums[2] = balance.aux / count / layout.data
+        sums[3:] = balance.counts.flatten()
+    MTPLossLoggingHelper.clean_metrics_in_tracker()
+    torch.distributed.all_reduce(sums)
+    loss, mtp, aux = sums[:3].tolist()
+    counts: Any = sums[3:].cpu().round().to(torch.int64).view_as(balance.counts) if balance.names else None
+    return Sums(
+        loss=loss,
+        mtp_loss=mtp if run.settings.model.mtp_num_layers else None,
+        aux_loss=aux if balance.names else None,
+        expert_counts=counts,
+    )
+
+
+__all__ = ["Progress", "take_step"]
