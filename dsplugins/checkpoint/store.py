@@ -1,0 +1,204 @@
+"""Checkpoints in a run directory: written whole or not at all, checked before they count, verified when read.
+
+`checkpoints/step-00000120/` holds one data file a rank and DCP's `.metadata`, and `manifest.json`: where the
+run stood, and size and SHA-256 of each file. A checkpoint is written beside it under a name that ends in
+`.partial`; the manifest is made from what can be read back, and the rename to the final name is what makes
+the checkpoint count. A process that is killed at any instant leaves a partial folder or a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial as bound
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from dsplugins.checkpoint.pieces import Piece
+from dsplugins.checkpoint.planners import PieceLoader, PieceSaver, Unfit
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint on disk."""
+
+    path: Path
+    step: int
+
+    def manifest(self) -> dict[str, Any]:
+        """What `manifest.json` says."""
+        return json.loads((self.path / MANIFEST).read_text())
+
+
+def finished(folder: Path) -> list[Checkpoint]:
+    """Checkpoints that count, the newest first."""
+    found = [(entry, _NAME.fullmatch(entry.name)) for entry in folder.glob("step-*")]
+    counted = [Checkpoint(entry, int(match[1])) for entry, match in found if match]
+    return sorted(counted, key=lambda checkpoint: -checkpoint.step)
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what was being written when a run ended."""
+    for entry in folder.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(entry)
+
+
+def save(
+    folder: Path, step: int, held: Sequence[Piece], facts: Mapping[str, Any], group: dist.ProcessGroup
+) -> Checkpoint:
+    """Write a checkpoint; collective over `group` (gloo, all ranks), also from a thread of its own.
+
+    Raises on all ranks when one of them can't write; the partial folder is left for the next start to
+    clear, and nothing finished is touched.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = final.with_name(final.name + PARTIAL)
+    rank = dist.get_rank(group)
+    _together(group, lambda: _fresh(partial) if rank == 0 else None)
+    writer = dcp.FileSystemWriter(partial, sync_files=True)
+    try:
+        dcp.save({}, storage_writer=writer, planner=PieceSaver(held), process_group=group)
+    except dcp.CheckpointException as error:
+        raise OSError(f"{final.name} can't be written: {_told(error)}") from error
+    mine = _together(group, lambda: _read_back(partial, rank))
+    files = {name: seen for each in mine for name, seen in each.items()}
+    _together(group, lambda: _commit(partial, final, files, facts) if rank == 0 else None)
+    return Checkpoint(final, step)
+
+
+def load(checkpoint: Checkpoint, held: Sequence[Piece], group: dist.ProcessGroup) -> None:
+    """Fill `held` from a checkpoint of any layout; collective over `group`.
+
+    Raises Unfit on all ranks where one of them needs what it doesn't hold; nothing is filled then.
+    """
+    reader = dcp.FileSystemReader(checkpoint.path)
+    try:
+        dcp.load({}, storage_reader=reader, planner=PieceLoader(held), process_group=group)
+    except dcp.CheckpointException as error:
+        raise Unfit(f"{checkpoint.path} doesn't fit this run: {_told(error)}") from error
+
+
+def _told(error: dcp.CheckpointException) -> str:
+    """What went wrong on the ranks where it did, each thing once."""
+    causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
+    return "; ".join(sorted(causes))
+
+
+def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are as they were written, and what is wrong with newer ones.
+
+    Collective over `group`: the ranks share the reading.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    damaged: list[str] = []
+    shared: list[Any] = [finished(folder)] if rank == 0 else [None]
+    dist.broadcast_object_list(shared, group_src=0, group=group)
+    for checkpoint in shared[0]:
+        found = _together(group, bound(_faults, checkpoint, rank, ranks))
+        faults = sorted({fault for each in found for fault in each})
+        if not faults:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint.path} is damaged ({'; '.join(faults)})")
+    return None, damaged
+
+
+def prune(folder: Path, keep: int, keep_every: int) -> list[Checkpoint]:
+    """Remove all but the newest `keep` and those at multiples of `keep_every` steps (0: none)."""
+    gone = [c for c in finished(folder)[keep:] if not keep_every or c.step % keep_every]
+    for checkpoint in gone:
+        # First a name that doesn't count: a half-removed checkpoint must never be found.
+        doomed = checkpoint.path.with_name(checkpoint.path.name + PARTIAL)
+        os.rename(checkpoint.path, doomed)
+        shutil.rmtree(doomed)
+    return gone
+
+
+def _fresh(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _read_back(partial: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Size and digest of this rank's files, and on rank 0 of the table of contents, as read from disk."""
+    files = list(partial.glob(f"__{rank}_*"))
+    if rank == 0:
+        files.append(partial / ".metadata")
+    return {file.name: _seen(file) for file in files}
+
+
+def _seen(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _commit(partial: Path, final: Path, files: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    with (partial / MANIFEST).open("w") as stream:
+        json.dump({**facts, "files": files}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _sync_folder(partial)
+    if final.exists():  # of an earlier run of this directory, damaged or no longer wanted
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """What has been renamed in a folder is on disk only when the folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _faults(checkpoint: Checkpoint, rank: int, ranks: int) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        files = checkpoint.manifest()["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{MANIFEST}: {type(error).__name__}"]
+    return [
+        f"{name}: {fault}"
+        for name, expected in sorted(files.items())[rank::ranks]
+        if (fault := _fault(checkpoint.path / name, expected))
+    ]
+
+
+def _fault(file: Path, expected: Mapping[str, Any]) -> str | None:
+    try:
+        if file.stat().st_size != expected["bytes"]:
+            return f"{file.stat().st_size} bytes instead of {expected['bytes']}"
+        return None if _seen(file) == expected else "other content than was written"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+
+
+def _together(group: dist.ProcessGroup, work: Any) -> list[Any]:
+    """What `work` returned on each rank. Raises on all ranks, naming those, where it failed on some."""
+    try:
+        outcome: tuple[Any, str] = (work(), "")
+    except OSError as error:
+        outcome = (None, f"{error.strerror or type(error).__name__}: {error.filename}")
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, outcome, group=group)
+    failed = [f"rank {rank}: {said}" for rank, (_, said) in enumerate(everyone) if said]
+    if failed:
+        raise OSError("; ".join(failed))
+    return [value for value, _ in everyone]
+
+
+__all__ = ["Checkpoint", "clear_partial", "finished", "load", "newest_good", "prune", "save"]

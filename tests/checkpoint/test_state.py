@@ -1,0 +1,109 @@
+"""State goes through a checkpoint bit for bit, into the same layout and into others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsplugins.testing import JobFailed
+
+LAYOUTS = {
+    "one": (1, []),
+    "dp2": (2, []),
+    "tp2": (2, ["parallel.tensor=2"]),
+    "ep2": (2, ["parallel.expert=2"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2_vpp2": (
+        2,
+        [
+            "parallel.pipeline=2",
+            "parallel.virtual_pipeline=2",
+            "plugins.one_f_one_b=null",
+            "plugins.interleaved={}",
+        ],
+    ),
+    "grouped": (1, ["plugins.sequential=null", "plugins.grouped={}"]),
+    "whole": (2, ["plugins.adamw.zero=false"]),
+}
+BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
+
+
+def saved(folder, overrides, steps):
+    """Train `steps` steps, save, take one more; the row of that one."""
+    import torch.distributed as dist
+    from runs import assembled
+
+    from dsplugins.checkpoint import store
+    from dsplugins.checkpoint.pieces import optimizer_steps, pieces
+    from dsplugins.step import Progress, take_step
+
+    with assembled([*overrides, "train.steps=9"]) as run:
+        progress = Progress()
+        for _ in range(steps):
+            progress = progress.after(take_step(run, progress).global_batch)
+        assert optimizer_steps(run.chunks, run.optimizer) == steps
+        group = dist.group.WORLD
+        store.save(Path(folder), steps, pieces(run.chunks, run.optimizer), {"step": steps}, group)
+        return numbers(take_step(run, progress))
+
+
+def continued(folder, overrides, steps):
+    """Load into a fresh model and take the next step."""
+    import torch.distributed as dist
+    from runs import assembled
+
+    from dsplugins.checkpoint import store
+    from dsplugins.checkpoint.pieces import pieces, set_optimizer_steps
+    from dsplugins.step import Progress, take_step
+
+    with assembled([*overrides, "train.steps=9", "model.init_method_std=0.2"]) as run:
+        found, damaged = store.newest_good(Path(folder), dist.group.WORLD)
+        assert not damaged
+        store.load(found, pieces(run.chunks, run.optimizer), dist.group.WORLD)
+        set_optimizer_steps(run.chunks, run.optimizer, found.step)
+        return numbers(take_step(run, Progress(steps, steps * 8)))
+
+
+def numbers(step):
+    return step.loss, step.mtp_loss, step.grad_norm, step.expert_counts.tolist()
+
+
+@pytest.fixture(scope="module")
+def of_one(workers, tmp_path_factory):
+    """A checkpoint of one process after two steps, and what its third step gave."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, workers(1).run(saved, str(folder), [], 2)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_of_one_process_goes_on_in_another_layout(workers, of_one, layout):
+    folder, expected = of_one
+    size, overrides = LAYOUTS[layout]
+    for found in workers(size).run(continued, str(folder), overrides, 2):
+        assert found[3] == expected[3]
+        if layout == "one":
+            assert found == expected
+        assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "ep2", "pp2_vpp2"])
+def test_bf16_moments_keep_every_bit_in_the_same_layout(workers, tmp_path, layout):
+    size, overrides = LAYOUTS[layout]
+    expected = workers(size).run(saved, str(tmp_path), [*overrides, *BF16], 2)
+    assert workers(size).run(continued, str(tmp_path), [*overrides, *BF16], 2) == expected
+
+
+@pytest.mark.parametrize(("source", "target"), [("tp2", "pp2"), ("ep2", "tp2"), ("pp2_vpp2", "ep2")])
+def test_any_layout_goes_on_in_any_other(workers, tmp_path, source, target):
+    expected = workers(2).run(saved, str(tmp_path), LAYOUTS[source][1], 2)[0]
+    for found in workers(2).run(continued, str(tmp_path), LAYOUTS[target][1], 2):
+        assert found[3] == expected[3]
+        assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
+
+
+def test_other_moments_are_refused_by_name(workers, of_one):
+    with pytest.raises(
+        JobFailed, match="optimizer/exp_avg/.* is torch.float32 there and torch.bfloat16 here"
+    ):
+        workers(1).run(continued, str(of_one[0]), ["plugins.adamw.moments=bf16"], 2)

@@ -1,0 +1,93 @@
+"""A checkpoint counts when it is whole; a damaged one is named, and the one before it is taken."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dsplugins.checkpoint import store
+from dsplugins.checkpoint.pieces import Piece
+from dsplugins.checkpoint.planners import Unfit
+
+
+@pytest.fixture
+def group(single):
+    return dist.group.WORLD
+
+
+def piece(value):
+    return Piece("weights/x", (4, 3), (0, 0), torch.full((4, 3), float(value)), True)
+
+
+def save(folder, step, group):
+    return store.save(folder, step, [piece(step)], {"step": step}, group)
+
+
+def value_of(checkpoint, group):
+    found = piece(-1)
+    store.load(checkpoint, [found], group)
+    return found.data.unique().item()
+
+
+def test_the_newest_is_found_and_read(tmp_path, group):
+    for step in (2, 10, 4):
+        save(tmp_path, step, group)
+    assert [c.step for c in store.finished(tmp_path)] == [10, 4, 2]
+    found, damaged = store.newest_good(tmp_path, group)
+    assert found.step == 10 and not damaged and value_of(found, group) == 10
+    manifest = found.manifest()
+    assert manifest["step"] == 10 and set(manifest["files"]) == {"__0_0.distcp", ".metadata"}
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "lose", "no manifest"])
+def test_a_damaged_one_is_named_and_the_one_before_taken(tmp_path, group, harm):
+    save(tmp_path, 1, group)
+    bad = save(tmp_path, 2, group).path
+    data = bad / "__0_0.distcp"
+    content = data.read_bytes()
+    if harm == "cut":
+        data.write_bytes(content[:-1])
+    elif harm == "flip":
+        data.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    elif harm == "lose":
+        data.unlink()
+    else:
+        (bad / store.MANIFEST).unlink()
+    found, damaged = store.newest_good(tmp_path, group)
+    assert found.step == 1
+    named = store.MANIFEST if harm == "no manifest" else data.name
+    assert len(damaged) == 1 and bad.name in damaged[0] and named in damaged[0]
+
+
+def test_what_was_being_written_does_not_count_and_is_cleared(tmp_path, group):
+    save(tmp_path, 1, group)
+    half = tmp_path / "step-00000002.partial"
+    half.mkdir()
+    (half / store.MANIFEST).write_text(json.dumps({"files": {}}))
+    assert store.newest_good(tmp_path, group)[0].step == 1
+    store.clear_partial(tmp_path)
+    assert not half.exists()
+
+
+def test_the_last_k_and_every_nth_are_kept(tmp_path, group):
+    for step in range(1, 8):
+        save(tmp_path, step, group)
+    store.prune(tmp_path, keep=2, keep_every=3)
+    assert [c.step for c in store.finished(tmp_path)] == [7, 6, 3]
+
+
+def test_what_is_missing_is_named(tmp_path, group):
+    checkpoint = save(tmp_path, 1, group)
+    other = Piece("weights/y", (4, 3), (0, 0), torch.zeros(4, 3), True)
+    with pytest.raises(Unfit, match="weights/y is not in it"):
+        store.load(checkpoint, [other], group)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, group):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match="rank 0: Not a directory"):
+        save(blocked / "checkpoints", 1, group)
