@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dsplugins.contracts import (
@@ -15,6 +16,7 @@ from dsplugins.contracts import (
     Range,
     RecipeError,
     RunOptions,
+    Save,
     Train,
 )
 from dsplugins.manager import Plugins, choose
@@ -71,6 +73,7 @@ def _plan(recipe: Recipe, plugins: Plugins | None, problems: list[Problem]) -> P
         "data": DataOptions,
         "train": Train,
         "evaluate": Evaluate,
+        "save": Save,
         "run": RunOptions,
     }
     parts = {name: _section(recipe, name, cls, problems) for name, cls in kinds.items()}
@@ -86,10 +89,21 @@ def _plan(recipe: Recipe, plugins: Plugins | None, problems: list[Problem]) -> P
         data=parts["data"],
         train=parts["train"],
         evaluate=parts["evaluate"],
-        run=replace(run, directory=run.directory.replace("{recipe}", recipe.name)),
+        save=parts["save"],
+        run=replace(run, directory=_filled(run, recipe)),
         plugins=tuple(item.name for item in plugins or ()),
         slots=plugins.slots if plugins else {},
     )
+
+
+def run_directory(recipe: Recipe) -> Path | None:
+    """Where a recipe's run is kept, known also when the recipe is refused; None if `run:` itself is wrong."""
+    run = _section(recipe, "run", RunOptions, [])
+    return Path(_filled(run, recipe)) if run else None
+
+
+def _filled(run: RunOptions, recipe: Recipe) -> str:
+    return run.directory.replace("{recipe}", recipe.name)
 
 
 def _section(recipe: Recipe, name: str, cls: type, problems: list[Problem]) -> Any:
@@ -115,9 +129,19 @@ def _length(plan: Plan) -> Iterable[Problem]:
     for name, value in (("steps", train.steps), ("tokens", train.tokens)):
         if value is not None and value <= 0:
             yield Problem(f"train.{name}={value} is not positive", f"train.{name}", "give a positive number")
-    for name, number in (("micro_batch", train.micro_batch), ("log_every", train.log_every)):
-        if number < 1:
-            yield Problem(f"train.{name}={number} is less than 1", f"train.{name}", "give 1 or more")
+    at_least = {
+        "train.micro_batch": (train.micro_batch, 1),
+        "train.log_every": (train.log_every, 1),
+        "evaluate.every": (plan.evaluate.every, 0),
+        "evaluate.sequences": (plan.evaluate.sequences, 0),
+        "save.every": (plan.save.every, 0),
+        "save.minutes": (plan.save.minutes, 0),
+        "save.keep": (plan.save.keep, 1),
+        "save.keep_every": (plan.save.keep_every, 0),
+    }
+    for key, (number, least) in at_least.items():
+        if number < least:
+            yield Problem(f"{key}={number} is less than {least}", key, f"give {least} or more")
 
 
 def _divides(small: int, small_key: str, large: Any, large_key: str) -> Iterable[Problem]:
@@ -181,4 +205,4 @@ def _batches(plan: Plan) -> Iterable[Problem]:
         yield Problem(said, "evaluate.sequences", f"use a multiple of {unit}, or 0")
 
 
-__all__ = ["Parallel", "prepare"]
+__all__ = ["Parallel", "prepare", "run_directory"]

@@ -2,72 +2,160 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsplugins import rank
 from dsplugins.contracts import EnvironmentUnfit
 
 if TYPE_CHECKING:
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
 
+STOPPED = 75
+"""Exit code of a rank that stopped early, as it was asked to: no failure."""
+
 
 class RunDirectory:
-    """Files of one run. Only rank 0 writes."""
+    """Files of one run. Only rank 0 writes, but for `status.json`: any rank may be the one that fails."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._opened = time.time()
+        """What is older than this belongs to an earlier attempt."""
 
     def status(self) -> dict[str, Any] | None:
         """The last `status.json`, or None where nothing has run."""
-        file = self.path / "status.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            status: dict[str, Any] = json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return status
+
+    def begun(self) -> bool:
+        """Whether a run took steps here."""
+        file = self.path / "metrics.jsonl"
+        return file.exists() and file.stat().st_size > 0
+
+    def complete(self) -> bool:
+        """Whether the run here reached its end, whatever has been tried since."""
+        return (self.path / "run.json").exists()
+
+    def steps(self) -> int:
+        """Steps that the run here took."""
+        with (self.path / "metrics.jsonl").open("rb") as file:
+            return sum(1 for _ in file)
 
     def same_recipe(self, recipe: Recipe) -> bool:
         """Whether the run here was made from the same resolved recipe."""
         file = self.path / "recipe.resolved.yaml"
         return file.exists() and file.read_text() == recipe.resolved()
 
-    def start(self, recipe: Recipe, plugins: Plugins) -> None:
-        """Make the folder and write what the run was started with. Raises EnvironmentUnfit if it can't."""
+    def announce(self) -> None:
+        """Make the folder, and replace an old `status.json`: a run that dies without a word has code null.
+
+        Raises EnvironmentUnfit if the folder can't be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._write_status({"code": None, "reason": "running, or gone without a word"})
+        except OSError as error:
+            raise self._unfit(error) from error
+
+    def start(self, recipe: Recipe, plugins: Plugins) -> None:
+        """Clear what an earlier run left, and write what this one was started with.
+
+        Raises EnvironmentUnfit if the folder can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._clear()
             (self.path / "recipe.yaml").write_text(recipe.as_given())
             (self.path / "recipe.resolved.yaml").write_text(recipe.resolved())
             lock = {"plugins": plugins.lock(), "versions": versions()}
             (self.path / "plugins.lock.json").write_text(json.dumps(lock, indent=1, default=str) + "\n")
             (self.path / "metrics.jsonl").write_text("")
         except OSError as error:
-            raise EnvironmentUnfit(f"run.directory {self.path} can't be written: {error.strerror}") from error
+            raise self._unfit(error) from error
+        if (self.status() or {}).get("time", 0.0) < self._opened:  # torchrun has nobody to announce a run
+            self.announce()
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         """Remove the run that is here, and nothing else."""
-        ours = ("status.json", "metrics.jsonl", "recipe.yaml", "recipe.resolved.yaml", "plugins.lock.json")
-        for name in (*ours, "run.json"):
+        for name in ("metrics.jsonl", "recipe.yaml", "recipe.resolved.yaml", "plugins.lock.json", "run.json"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("plots", "tensorboard"):
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`, and a last line that was not written whole."""
+        file = self.path / "metrics.jsonl"
+        kept = []
+        for line in file.read_text().splitlines() if file.exists() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["step"] > step:
+                break
+            kept.append(line + "\n")
+        partial = self.path / "metrics.jsonl.partial"
+        partial.write_text("".join(kept))
+        os.replace(partial, file)
+        (self.path / "run.json").unlink(missing_ok=True)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one step to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def end(self, code: int, reason: str, **facts: Any) -> None:
-        """Write `status.json`, whole or not at all: torchrun hides exit codes, this file keeps them."""
-        if not self.path.is_dir():
-            return
-        status = {"code": code, "reason": reason, "time": time.time(), **facts}
+    def end(self, code: int, reason: str, *, overrule: bool = False, **facts: Any) -> dict[str, Any]:
+        """Write `status.json`: torchrun hides exit codes, this file keeps them. Returns what it then holds.
+
+        A rank whose peer is gone fails too, later. So the failure that stands there is left alone if it is
+        of this attempt and of another rank, unless `overrule`.
+        """
+        mine = {"code": code, "reason": reason, "rank": rank.number(), **facts}
+        with suppress(OSError):  # the code is still told; where nothing can be written, so is the reason
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                there = self.status() or {}
+                failed = (
+                    there.get("code") not in (None, 0, STOPPED) and there.get("time", 0.0) >= self._opened
+                )
+                if failed and there.get("rank") != mine["rank"] and not overrule:
+                    return there
+                self._write_status(mine)
+        return mine
+
+    def _write_status(self, status: Mapping[str, Any]) -> None:
+        """Whole or not at all."""
         partial = self.path / "status.json.partial"
-        partial.write_text(json.dumps(status, indent=1) + "\n")
+        partial.write_text(json.dumps({**status, "time": time.time()}, indent=1) + "\n")
         os.replace(partial, self.path / "status.json")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time, where the file system has locks."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _unfit(self, error: OSError) -> EnvironmentUnfit:
+        return EnvironmentUnfit(f"run.directory {self.path} can't be written: {error.strerror}")
 
 
 def versions() -> dict[str, str]:

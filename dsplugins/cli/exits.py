@@ -6,10 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dsplugins.contracts import RecipeError
+from typing import Any, NoReturn
 
 CODES = {
     0: "done",
@@ -31,41 +28,66 @@ def debug() -> None:
 def guarded(call: Callable[[], Any]) -> None:
     """Run `call`; what goes wrong becomes a message on stderr and its exit code.
 
-    A fault of the recipe or the machine is the same on every rank: rank 0 tells it. A crash is told
-    by the rank that it happened on.
+    A fault of the recipe or the machine is the same on every rank: the first one of each machine tells it.
+    A crash is told by the rank that it happened on.
     """
-    from dsplugins.contracts import EnvironmentUnfit, RecipeError
-
-    speaks = os.environ.get("RANK", "0") == "0"
     try:
         call()
-    except RecipeError as error:
-        _leave(_recipe_code(error), _recipe_message(error) if speaks else "")
-    except EnvironmentUnfit as error:
-        _leave(4, f"this machine can't run it: {error}" if speaks else "")
     except Exception as error:
-        _leave(1, _crash_message(error))
+        speaks = code_of(error) == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+        leave(code_of(error), message_of(error) if speaks else "")
 
 
-def _recipe_code(error: RecipeError) -> int:
-    return 4 if all(problem.kind == "environment" for problem in error.problems) else 3
+def code_of(error: BaseException) -> int:
+    """The exit code that an error stands for: 3, 4, 75 or 1."""
+    from dsplugins.contracts import EnvironmentUnfit, RecipeError
+    from dsplugins.wishes import Stopped
+
+    if isinstance(error, Stopped):
+        return 75
+    if isinstance(error, RecipeError):
+        return 4 if all(problem.kind == "environment" for problem in error.problems) else 3
+    return 4 if isinstance(error, EnvironmentUnfit) else 1
 
 
-def _recipe_message(error: RecipeError) -> str:
-    from dsplugins.recipe import render
+def message_of(error: Exception) -> str:
+    """What a person is told: every problem, or one line for a plugin's failure, or where we crashed."""
+    from dsplugins.contracts import EnvironmentUnfit, RecipeError
+    from dsplugins.manager import HookFailure
+    from dsplugins.wishes import Stopped
 
-    return render(error.problems)
+    if isinstance(error, Stopped):
+        return str(error)
+    if isinstance(error, RecipeError):
+        from dsplugins.recipe import render
+
+        return render(error.problems)
+    if isinstance(error, EnvironmentUnfit):
+        return f"this machine can't run it: {error}"
+    if isinstance(error, HookFailure) and DEBUG not in os.environ:
+        return f"{reason_of(error)} (dsplugins --debug shows the calls)"
+    return f"{''.join(traceback.format_exception(error))}{_rank()}{error}"
 
 
-def _crash_message(error: Exception) -> str:
-    """One line for a plugin's failure, unless `--debug`; the whole story for a crash of our own."""
+def reason_of(error: BaseException) -> str:
+    """The same in one line, as `status.json` holds it."""
+    from dsplugins.contracts import EnvironmentUnfit, RecipeError
     from dsplugins.manager import HookFailure
 
-    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    if isinstance(error, HookFailure) and DEBUG not in os.environ:
-        said = " ".join(str(error).split())
-        return f"{rank}{said}{_place(error.__cause__)} (dsplugins --debug shows the calls)"
-    return f"{''.join(traceback.format_exception(error))}{rank}{error}"
+    if isinstance(error, RecipeError):
+        first, *more = error.problems
+        said = f"{first.place}: {first.message}" if first.place else first.message
+        return said + (f" (and {len(more)} more)" if more else "")
+    said = " ".join(str(error).split())
+    if isinstance(error, EnvironmentUnfit):
+        return said
+    if isinstance(error, HookFailure):
+        return f"{_rank()}{said}{_place(error.__cause__)}"
+    return f"{_rank()}{type(error).__name__}: {said}"
+
+
+def _rank() -> str:
+    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
 def _place(cause: BaseException | None) -> str:
@@ -79,7 +101,7 @@ def _place(cause: BaseException | None) -> str:
     return f" at {own[-1].filename}:{own[-1].lineno}"
 
 
-def _leave(code: int, message: str) -> None:
+def leave(code: int, message: str) -> NoReturn:
     """End this process at once: collectives that other ranks wait in must not hold it back."""
     if message:
         print(message, file=sys.stderr)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
+
+if TYPE_CHECKING:
+    from dsplugins.recipe import Recipe
+    from dsplugins.rundir import RunDirectory
 
 
 @click.command("train")
@@ -19,67 +23,110 @@ def command(recipe: str, overrides: tuple[str, ...], fresh: bool) -> None:
     Outside torchrun, starts `run.world_size` processes on this machine. Inside (`torchrun ... -m
     dsplugins train RECIPE`), each process is one rank.
     """
-    from dsplugins.cli import exits
-    from dsplugins.launcher import inside_torchrun, run_local
+    from dsplugins import rank
     from dsplugins.recipe import Recipe
 
+    rank.end_with_launcher()
     loaded = Recipe.load(recipe, overrides)
-    if inside_torchrun():
+    if rank.inside_torchrun():
+        _one_rank(loaded, fresh)
+    else:
+        again = ["--fresh"] if fresh else []
+        _all_ranks(loaded, ["train", *again, recipe, *overrides], fresh)
+
+
+def _one_rank(recipe: Recipe, fresh: bool) -> None:
+    """This rank's part. However it fails, `status.json` tells, in every run whose directory is known."""
+    from dsplugins import rank
+    from dsplugins.plan import run_directory
+    from dsplugins.rundir import RunDirectory
+
+    path = run_directory(recipe)
+    run = RunDirectory(path) if path else None
+    try:
+        if run and not rank.has_launcher() and _complete(run, recipe, fresh):
+            return
         from dsplugins.train import train
 
-        raise SystemExit(train(loaded))
-    world_size, directory = _prepare(loaded)
-    if _complete(loaded, directory, fresh):
+        train(recipe, fresh)
+    except Exception as error:
+        if run is None:
+            raise
+        _fail(run, recipe, error)
+
+
+def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
+    """Leave with what went wrong: in full, unless another rank has told the same or was the cause of it."""
+    from dsplugins import rank
+    from dsplugins.cli import exits
+    from dsplugins.contracts import RecipeError
+    from dsplugins.manager import HookFailure
+    from dsplugins.rundir import STOPPED
+
+    if isinstance(error, RecipeError):
+        error = RecipeError(recipe.located(error.problems))
+    code, reason = exits.code_of(error), exits.reason_of(error)
+    stands = run.end(code, reason)
+    if code == STOPPED:
+        exits.leave(code, exits.message_of(error) if not rank.number() else "")
+    if stands["rank"] == rank.number() or isinstance(error, HookFailure):
+        exits.leave(code, exits.message_of(error))
+    if code in (3, 4):
+        exits.leave(code, "" if stands["reason"] == reason else exits.message_of(error))
+    exits.leave(code, f"{reason} (rank {stands['rank']} had failed before)")
+
+
+def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool) -> None:
+    """Start the ranks on this machine and wait for them; their code is this process's."""
+    from dsplugins.cli import exits
+    from dsplugins.rundir import RunDirectory
+
+    world_size, path = _prepare(recipe)
+    run = RunDirectory(path)
+    if _complete(run, recipe, fresh):
         return
-    arguments = ["train", recipe, *overrides]
-    code = run_local(world_size, arguments)
-    if code:
-        _tell(code, directory, shlex.join(["dsplugins", *arguments]))
-    raise SystemExit(code if code in exits.CODES else 1)
+    from dsplugins.launcher import run_local
+
+    run.announce()
+    outcome = run_local(world_size, arguments)
+    code = outcome.code if outcome.code in exits.CODES else 1
+    status = run.status() or {"code": None}
+    if outcome.unsaid or status["code"] != code:  # the ranks did not say so, or not all of it
+        reason = outcome.reason if code else "all ranks left before the run was complete"
+        status = run.end(code or 1, reason, overrule=True)
+    if status["code"]:
+        line = shlex.join(["dsplugins", *arguments])
+        click.echo(f"{line}: exit code {status['code']}: {status['reason']}", err=True)
+    raise SystemExit(status["code"])
 
 
-def _prepare(recipe: object) -> tuple[int, Path]:
+def _prepare(recipe: Recipe) -> tuple[int, Path]:
     """Every problem that can be found without importing torch is found before a process is started."""
     from dsplugins.contracts import RecipeError
     from dsplugins.plan import prepare
-    from dsplugins.recipe import Recipe
     from dsplugins.settings import ledger
 
-    assert isinstance(recipe, Recipe)
     plugins, plan = prepare(recipe)
     if problems := ledger(plan, plugins, recipe).problems:
         raise RecipeError(recipe.located(problems))
     return plan.run.world_size, Path(plan.run.directory)
 
 
-def _complete(recipe: object, directory: Path, fresh: bool) -> bool:
-    """Whether the run is over already; clears the folder for `--fresh`, refuses to overwrite another run."""
+def _complete(run: RunDirectory, recipe: Recipe, fresh: bool) -> bool:
+    """Whether there is nothing left to do; refuses to overwrite a run of another recipe."""
+    from dsplugins import rank
     from dsplugins.contracts import EnvironmentUnfit
-    from dsplugins.recipe import Recipe
-    from dsplugins.rundir import RunDirectory
 
-    assert isinstance(recipe, Recipe)
-    run = RunDirectory(directory)
-    if fresh:
-        run.clear()
+    if fresh or not run.begun():
         return False
-    status = run.status()
-    if status and status["code"] == 0 and run.same_recipe(recipe):
-        click.echo(f"{directory}: this run is complete ({status['steps']} steps); --fresh starts it over")
-        return True
-    if (directory / "metrics.jsonl").exists() and not run.same_recipe(recipe):
+    if not run.same_recipe(recipe):
         raise EnvironmentUnfit(
-            f"{directory} holds a run of another recipe: --fresh starts over, run.directory=... beside"
+            f"{run.path} holds a run of another recipe: --fresh starts over, run.directory=... beside"
         )
-    if (directory / "metrics.jsonl").exists() and os.path.getsize(directory / "metrics.jsonl"):
-        click.echo(f"{directory}: an unfinished run is here; this version can't resume, it starts over")
-    run.clear()
+    speaks = not rank.number()
+    if run.complete():
+        if speaks:
+            run.end(0, "complete", steps=run.steps())
+            click.echo(f"{run.path}: this run is complete ({run.steps()} steps); --fresh starts it over")
+        return True
     return False
-
-
-def _tell(code: int, directory: Path, command_line: str) -> None:
-    import json
-
-    file = directory / "status.json"
-    reason = json.loads(file.read_text())["reason"] if file.exists() else "a rank ended"
-    click.echo(f"{command_line}: exit code {code}: {reason}", err=True)

@@ -81,7 +81,7 @@ def ending(monkeypatch, capsys):
     def leave(code, message):
         raise SystemExit((code, message))
 
-    monkeypatch.setattr(exits, "_leave", leave)
+    monkeypatch.setattr(exits, "leave", leave)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv(exits.DEBUG, raising=False)
 
@@ -118,8 +118,9 @@ def test_errors_become_codes(ending, error, code, said):
     assert said in ending(raising(error))[1]
 
 
-def test_what_all_ranks_know_one_rank_tells(ending, monkeypatch):
+def test_what_all_ranks_know_one_rank_of_a_machine_tells(ending, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert ending(raising(RecipeError([RECIPE]))) == (3, "")
     assert ending(raising(EnvironmentUnfit("no NCCL"))) == (4, "")
     assert "rank 1: " in ending(raising(KeyError("oops")))[1]
