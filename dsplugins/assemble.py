@@ -63,8 +63,7 @@ def assemble(
     balance = routers.Balance(settled.model, chunks)
     chain = GradientChain(schedule.finalize_grads(), balance)
     configs = _wire(settled, chunks, optimizer, chain)
-    audit.audit(plan, settled, plugins, chunks, optimizer)
-    return Assembly(
+    run = Assembly(
         plan=plan,
         plugins=plugins,
         platform=platform,
@@ -79,6 +78,8 @@ def assemble(
         chain=chain,
         configs=configs,
     )
+    audit.audit(run)
+    return run
 
 
 def _wire(settled: Settings, chunks: list[Any], optimizer: Any, chain: GradientChain) -> tuple[Any, ...]:

@@ -14,14 +14,12 @@ class GradientChain:
     """
 
     def __init__(self, finalize_grads: Callable[..., None], balance: Callable[[], None]) -> None:
-        self.links: tuple[tuple[str, Callable[..., None]], ...] = (
-            (getattr(finalize_grads, "__name__", type(finalize_grads).__name__), finalize_grads),
-            ("router counts and bias update", lambda *_, **__: balance()),
-        )
+        self.finalize_grads, self.balance = finalize_grads, balance
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        for _, link in self.links:
-            link(*args, **kwargs)
+        self.finalize_grads(*args, **kwargs)
+        self.balance()
 
     def __str__(self) -> str:
-        return " -> ".join(name for name, _ in self.links)
+        first = getattr(self.finalize_grads, "__name__", type(self.finalize_grads).__name__)
+        return f"{first} -> router counts and bias update"

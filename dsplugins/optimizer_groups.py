@@ -15,6 +15,9 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+STRAY = "(not in the model)"
+"""Name of parameters that an optimizer holds and no module does."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -60,7 +63,8 @@ def placements(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) 
         for parameter, group, main, start in _located(part):
             state = part.optimizer.state.get(main, {})
             stop = start + main.numel()
-            found.append(Placement(names[parameter], parameter, group, main, state, start, stop))
+            name = names.get(parameter, STRAY)
+            found.append(Placement(name, parameter, group, main, state, start, stop))
     return found
 
 
@@ -82,21 +86,22 @@ def describe(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) ->
 def miscounted(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[int, int]]:
     """Trainable parameters not optimized exactly once: name -> (elements optimized, elements there).
 
-    Empty if all is well. Elements are summed over the ranks that share the optimizer's state, so with
-    ZeRO this is collective over the data-parallel groups. The result is the same on all of them.
+    Empty if all is well; what the optimizer holds and the model does not is under `STRAY`. Elements are
+    summed over the ranks that share the optimizer's state, so with ZeRO this is collective over the
+    data-parallel groups. The result is the same on all of them.
     """
     names = parameter_names(chunks)
     elements = {name: 0 for parameter, name in names.items() if parameter.requires_grad}
     for part in leaves(optimizer):
-        owned = {names[parameter]: 0 for parameter in _responsible(part)}
+        owned = {names.get(parameter, STRAY): 0 for parameter in _responsible(part)}
         for parameter, _, main, _ in _located(part):
-            owned[names[parameter]] += main.numel()
+            owned[names.get(parameter, STRAY)] += main.numel()
         counts = torch.tensor(list(owned.values()), device=part.get_loss_scale().device)
         if isinstance(part, DistributedOptimizer):
             torch.distributed.all_reduce(counts, group=part.data_parallel_group)
         for name, count in zip(owned, counts.tolist(), strict=True):
-            elements[name] += count
-    sizes = {name: parameter.numel() for parameter, name in names.items()}
+            elements[name] = elements.get(name, 0) + count
+    sizes = {name: parameter.numel() for parameter, name in names.items()} | {STRAY: 0}
     return {name: (count, sizes[name]) for name, count in elements.items() if count != sizes[name]}
 
 

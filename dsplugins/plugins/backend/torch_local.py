@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ class TorchLocal:
 
         for key, message in unmet(settings.model).items():
             yield Problem(message, key=key, remedy="change it, or name the backend te")
+        yield from _recomputed_norms(settings.model)
         if settings.model.normalization not in ("RMSNorm", "LayerNorm"):
             yield Problem(
                 f"torch_local has no normalization {settings.model.normalization}",
@@ -56,3 +58,15 @@ class TorchLocal:
         from dsplugins.plugins.backend.local_provider import TorchLocalProvider
 
         return TorchLocalProvider()
+
+
+def _recomputed_norms(config: MLATransformerConfig) -> Iterable[Problem]:
+    """Core's `layernorm` there calls TransformerEngine without looking whether it is there (NameError)."""
+    asked = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+    if asked and importlib.util.find_spec("transformer_engine") is None:
+        yield Problem(
+            "model.recompute_modules: layernorm needs TransformerEngine, which isn't installed here",
+            key="model.recompute_modules",
+            remedy="leave it out and name the plugin v3_recompute, which covers all norms with any backend",
+            kind="environment",
+        )

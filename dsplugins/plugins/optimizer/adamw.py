@@ -56,6 +56,8 @@ class AdamW:
 
     def __init__(self, options: AdamWOptions) -> None:
         self.options = options
+        self.moments = {"fp32": "float32", "bf16": "bfloat16"}[options.moments]
+        """Type of both moments, for the audit: loading a state may widen them without a word."""
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:

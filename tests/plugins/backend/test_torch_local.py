@@ -30,12 +30,31 @@ def test_linears_are_cores_and_no_global_of_core_moves():
         provider.layer_norm(has_residual=True)
 
 
+SOUND = {
+    **dict(attention_dropout=0.0, context_parallel_size=1, window_size=None, softmax_type="vanilla"),
+    **dict(apply_query_key_layer_scaling=False, normalization="RMSNorm", layernorm_zero_centered_gamma=False),
+    **dict(memory_efficient_layer_norm=False, fused_residual_rmsnorm=False),
+    **dict(recompute_granularity=None, recompute_modules=["core_attn"]),
+}
+
+
+def problems(**changes):
+    settings = SimpleNamespace(model=SimpleNamespace(**SOUND | changes))
+    return list(TorchLocal().ds_check(plan=None, settings=settings))
+
+
 def test_check_names_norms_it_lacks():
-    config = SimpleNamespace(
-        attention_dropout=0.0, context_parallel_size=1, window_size=None, softmax_type="vanilla",
-        apply_query_key_layer_scaling=False, normalization="L2Norm", layernorm_zero_centered_gamma=True,
-        memory_efficient_layer_norm=False, fused_residual_rmsnorm=False,
-    )  # fmt: skip
-    problems = list(TorchLocal().ds_check(plan=None, settings=SimpleNamespace(model=config)))
-    assert [p.key for p in problems] == ["model.normalization", "model.layernorm_zero_centered_gamma"]
-    assert all(p.remedy for p in problems)
+    found = problems(normalization="L2Norm", layernorm_zero_centered_gamma=True)
+    assert [p.key for p in found] == ["model.normalization", "model.layernorm_zero_centered_gamma"]
+    assert all(p.remedy for p in found) and problems() == []
+
+
+def test_cores_recompute_of_norms_needs_transformer_engine(monkeypatch):
+    """Core fails with a NameError in the first backward, on any device."""
+    asked = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (found,) = problems(**asked)
+    assert found.key == "model.recompute_modules" and found.kind == "environment"
+    assert "v3_recompute" in found.remedy
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert problems(**asked) == []

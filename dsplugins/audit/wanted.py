@@ -1,0 +1,74 @@
+"""What each layer should be made of: the slots' answers, asked once more and read as classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from dsplugins import model
+
+if TYPE_CHECKING:
+    from dsplugins.contracts import Settings
+    from dsplugins.manager import Plugins
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Classes, or None where an answer is a function and its product can't be known beforehand."""
+
+    attention: ModuleSpec
+    core_attention: type | None
+    column: type | None
+    """Column-parallel linear of the backend as the number format wraps it."""
+    row: type | None
+    norm: type
+    router: type | None
+    experts: type | None
+    dispatcher: type | None
+    unwrapped: tuple[type, ...]
+    """The backend's own linears, where the number format put others in their place; else empty."""
+
+
+def wanted(settings: Settings, plugins: Plugins) -> Wanted:
+    """Ask backend, precision, attention, router, experts and dispatcher."""
+    config = settings.model
+    parts = model.collect(settings, plugins)
+    bare = plugins.slot("backend", config=config)
+    column, row = (class_of(linear) for linear in _linears(parts.backend))
+    own = {class_of(linear) for linear in _linears(bare)} - {column, row}
+    return Wanted(
+        attention=parts.attention,
+        core_attention=class_of(parts.backend.core_attention()),
+        column=column,
+        row=row,
+        norm=norm_class(parts.backend.layer_norm(), config),
+        router=class_of(parts.router),
+        experts=class_of(parts.experts),
+        dispatcher=class_of(parts.dispatcher),
+        unwrapped=tuple(linear for linear in own if linear is not None),
+    )
+
+
+def _linears(backend: Any) -> tuple[Any, Any]:
+    return backend.column_parallel_linear(), backend.row_parallel_linear()
+
+
+def class_of(factory: Any) -> type | None:
+    """The class that a slot's answer makes: itself, a partial's or a spec's; None for a function."""
+    while isinstance(factory, partial | ModuleSpec):
+        factory = factory.func if isinstance(factory, partial) else factory.module
+    return factory if isinstance(factory, type) else None
+
+
+def norm_class(factory: Any, config: Any) -> type:
+    """The class of a norm that `factory` makes: a backend's may choose by `config.normalization`."""
+    if factory in (None, IdentityOp):
+        return IdentityOp
+    with torch.device("meta"):
+        made = factory(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+    return type(made)
