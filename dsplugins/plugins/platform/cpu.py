@@ -31,7 +31,7 @@ class CpuPlatform:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         import torch
 
-        from dsplugins.plugins.platform.cuda_redirect import install
+        from dsplugins.cuda_redirect import install
 
         install()
         late = "megatron.core.jit" in sys.modules
@@ -58,7 +58,7 @@ class CpuPlatform:
 class Cpu:
     """CPU processes with gloo: for tests, first runs and debugging; every number is a real one.
 
-    megatron-core has no CPU path of its own; `cuda_redirect` lists what torch is made to answer.
+    megatron-core has no CPU path of its own; `dsplugins.cuda_redirect` lists what torch is made to answer.
     """
 
     contract = ">=1.0,<2"

@@ -32,7 +32,7 @@ def shot():
     return seen
 
 before = shot()
-from dsplugins.plugins.platform.cuda_redirect import install
+from dsplugins.cuda_redirect import install
 install()
 after = shot()
 assert len(before) > 5000, len(before)
@@ -72,7 +72,7 @@ def test_factories_answer_with_the_cpu(device):
 def test_every_listed_factory_is_wrapped_once():
     import torch
 
-    from dsplugins.plugins.platform import cuda_redirect
+    from dsplugins import cuda_redirect
 
     before = {name: getattr(torch, name) for name in cuda_redirect.FACTORIES} | dict(vars(torch.cuda))
     cuda_redirect.install()
@@ -84,7 +84,7 @@ def test_every_listed_factory_is_wrapped_once():
 def test_a_gpu_is_refused(monkeypatch):
     import torch
 
-    from dsplugins.plugins.platform import cuda_redirect
+    from dsplugins import cuda_redirect
 
     monkeypatch.setattr(cuda_redirect, "installed", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -224,7 +224,7 @@ def test_core_trains_with_its_own_optimizer(workers, bf16, tolerance):
 
 
 def test_streams_are_context_managers():
-    from dsplugins.plugins.platform.cuda_redirect import Event, Stream
+    from dsplugins.cuda_redirect import Event, Stream
 
     given = Event()
     with Stream() as stream:
