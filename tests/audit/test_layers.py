@@ -8,8 +8,6 @@ from unittest import mock
 import pytest
 
 PROJECTIONS = [f"linear_{x}" for x in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "proj")]
-    f"linear_{part}" for part in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "proj")
-]
 PARTS = {
     "": "layer",
     "self_attention": "attention",
