@@ -12,6 +12,7 @@ COMMANDS = {
     "explain": "Show every effective value of a recipe with its origin, and who owns each slot.",
     "plugins": "List installed plugins, or show one.",
     "recipes": "List shipped recipes.",
+    "experiment": "Run an experiment that leaves a record.",
     "doctor": "Look at this machine: versions, libraries, duplicates.",
 }
 """Name -> one line of help; each command is `command` in the module of its name."""
