@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsplugins.audit import fields, layers, loop, softmax, stages, tensors
-from dsplugins.audit.built import Built
+from dsplugins.audit.built import Built, Standing
 from dsplugins.audit.table import Kind, describe, describe_run, span
 
 
@@ -39,6 +39,11 @@ def audit(run: Built) -> None:
         raise AuditFailure(found)
 
 
+def of_stage(stage: Standing) -> list[str]:
+    """What can be found of one rank without memory, its optimizer or other ranks."""
+    return _gathered([*layers.differences(stage), *softmax.differences(stage)])
+
+
 def _gathered(differences: layers.Differences) -> list[str]:
     """One line for what is said of many layers: `decoder.1-60: router is ...`."""
     places: dict[str, list[str]] = {}
@@ -47,4 +52,4 @@ def _gathered(differences: layers.Differences) -> list[str]:
     return [f"{span(names)}: {said}" for said, names in places.items()]
 
 
-__all__ = ["AuditFailure", "Built", "Kind", "audit", "describe", "describe_run"]
+__all__ = ["AuditFailure", "Built", "Kind", "Standing", "audit", "describe", "describe_run", "of_stage"]

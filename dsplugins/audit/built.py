@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from dsplugins.routers import Balance
 
 
-class Built(Protocol):
-    """One rank's run before its first step; `assemble.Assembly` is one."""
+class Standing(Protocol):
+    """One rank's modules, as far as they can be built without memory; `stages.Stage` is one."""
 
     @property
     def plan(self) -> Plan:
@@ -29,7 +29,11 @@ class Built(Protocol):
 
     @property
     def chunks(self) -> Sequence[Any]:
-        """Model chunks, wrapped for data parallelism."""
+        """Model chunks; in a run they are wrapped for data parallelism."""
+
+
+class Built(Standing, Protocol):
+    """One rank's run before its first step; `assemble.Assembly` is one."""
 
     @property
     def optimizer(self) -> Any:

@@ -10,7 +10,7 @@ from dsplugins.schedules import Schedule
 from dsplugins.settings import SECTIONS, ledger
 
 if TYPE_CHECKING:
-    from dsplugins.audit.built import Built
+    from dsplugins.audit.built import Standing
     from dsplugins.contracts import Settings
 
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
@@ -27,7 +27,7 @@ BY_NAME: Mapping[str, str] = {
 """Fields by which core's own spec builders choose a class; here the owner of a slot does."""
 
 
-def differences(run: Built) -> Iterable[str]:
+def differences(run: Standing) -> Iterable[str]:
     """Fields that were changed, have no effect, or that megatron-core takes without knowing the word."""
     settings, config = run.settings, run.settings.model
     yield from _held(run)
@@ -44,7 +44,7 @@ def differences(run: Built) -> Iterable[str]:
         )
 
 
-def _held(run: Built) -> Iterable[str]:
+def _held(run: Standing) -> Iterable[str]:
     """Values that megatron-core's own checks replaced; those under a schedule move in each step."""
     for key, asked in ledger(run.plan, run.plugins).values.items():
         section, field = key.split(".", 1)

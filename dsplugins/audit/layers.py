@@ -17,13 +17,13 @@ from dsplugins.audit.wanted import Wanted, class_of, norm_class, wanted
 from dsplugins.model import HostMoELayer, bare, moe_pattern
 
 if TYPE_CHECKING:
-    from dsplugins.audit.built import Built
+    from dsplugins.audit.built import Standing
 
 Differences = Iterable[tuple[str, str]]
 """(place, such as `decoder.3`; what is said of it)."""
 
 
-def differences(run: Built) -> Differences:
+def differences(run: Standing) -> Differences:
     """Everything that is not as the slots answered."""
     config, want = run.settings.model, wanted(run.settings, run.plugins)
     for name, layer, moe in layers(config, run.chunks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ def _function(called: Any) -> Any:
     while isinstance(called, partial):
         called = called.func
     called = getattr(called, "__func__", called)
-    return called if hasattr(called, "__code__") else type(called)
+    return called if inspect.isroutine(called) else type(called)
 
 
 def _name(called: Any) -> str:

@@ -11,10 +11,10 @@ from megatron.core.transformer.multi_latent_attention import MultiLatentAttentio
 from dsplugins.audit.layers import layers
 
 if TYPE_CHECKING:
-    from dsplugins.audit.built import Built
+    from dsplugins.audit.built import Standing
 
 
-def differences(run: Built) -> Iterable[tuple[str, str]]:
+def differences(run: Standing) -> Iterable[tuple[str, str]]:
     """YaRN's mscale squared belongs to `rope_type: yarn` alone (report, 4.3).
 
     megatron-core multiplies by it whatever the type is, with a factor of 40 where none is given.

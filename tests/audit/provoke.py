@@ -8,9 +8,14 @@ from typing import Any
 from unittest import mock
 
 DENSE = [
-    *("plugins.aux_free=null", "plugins.sequential=null", "plugins.alltoall=null", "plugins.gpt={}"),
+    *(
+        "plugins.aux_free=null",
+        "plugins.sequential=null",
+        "plugins.alltoall=null",
+        "plugins.gpt.dense_layers=0",
+    ),
     *(f"model.{name}=null" for name in ("num_moe_experts", "moe_router_num_groups", "moe_router_group_topk")),
-    "model.moe_shared_expert_intermediate_size=null",
+    *("model.moe_ffn_hidden_size=null", "model.moe_shared_expert_intermediate_size=null"),
 ]
 """The tiny model without experts."""
 BF16 = ["plugins.bf16={}", "plugins.fp32=null"]
