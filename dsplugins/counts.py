@@ -1,41 +1,151 @@
-"""How many parameters a model has, and how many of them a token uses."""
+"""How many parameters a model has, and how many of them a token uses; counted on the built modules."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
+from dsplugins import routers
 from dsplugins.model import bare
 
 
-def parameters(config: Any, chunks: Sequence[torch.nn.Module]) -> tuple[int, int]:
-    """(total, activated) trainable parameters of the whole model, MTP included; collective.
+@dataclass(frozen=True)
+class Counts:
+    """Trainable parameters, each counted once, whatever the layout; correction biases apart.
 
-    Every parameter is counted once: tensor-parallel shards are added up, copies over data parallel and
-    the MTP stage's copy of the embedding are not. Activated: topk / experts of the routed experts.
+    Counts of several pipeline stages add up to those of the model.
     """
-    local = torch.zeros(2, dtype=torch.float64, device=next(chunks[0].parameters()).device)
+
+    embedding: int = 0
+    head: int = 0
+    dense: int = 0
+    """Decoder without the routed experts: attention, norms, dense FFNs, shared experts, gates."""
+    experts: int = 0
+    """Routed experts of the decoder."""
+    biases: int = 0
+    """Persistent buffers of the decoder's routers: they choose experts and get no gradient."""
+    mtp_dense: int = 0
+    mtp_experts: int = 0
+    mtp_biases: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def model(self) -> int:
+        """Without MTP."""
+        return self.embedding + self.head + self.dense + self.experts
+
+    @property
+    def mtp(self) -> int:
+        """What MTP adds; embedding and head are the model's."""
+        return self.mtp_dense + self.mtp_experts
+
+    def activated(self, share: float) -> int:
+        """Those that one token meets without MTP, embedding and head included; `share` is topk / experts."""
+        return self.embedding + self.head + self.dense + round(self.experts * share)
+
+    def mtp_activated(self, share: float) -> int:
+        """The same of MTP alone, without embedding and head."""
+        return self.mtp_dense + round(self.mtp_experts * share)
+
+    def rows(self, share: float) -> dict[str, dict[str, int]]:
+        """What is said of a model: name -> `trainable`, and the same `with_correction_biases`.
+
+        Activated are counted in three ways, since published numbers differ in whether the embedding, the
+        head or neither is in them (DeepSeek-V3: 37.6B, 36.6B with the head only, 35.7B).
+        """
+        whole, biases, mtp_biases = self.activated(share), self.biases, self.mtp_biases
+        rows = {
+            "model": (self.model, biases),
+            "embedding": (self.embedding, 0),
+            "head": (self.head, 0),
+            "activated_embedding_and_head": (whole, biases),
+            "activated_head_only": (whole - self.embedding, biases),
+            "activated_neither": (whole - self.embedding - self.head, biases),
+        }
+        if self.mtp:
+            rows["mtp"] = (self.mtp, mtp_biases)
+            rows["mtp_activated"] = (self.mtp_activated(share), mtp_biases)
+            rows["model_and_mtp"] = (self.model + self.mtp, biases + mtp_biases)
+        return {
+            name: {"trainable": count, "with_correction_biases": count + more}
+            for name, (count, more) in rows.items()
+        }
+
+
+def share(config: Any) -> float:
+    """Part of the routed experts that a token goes to."""
+    return config.moe_router_topk / config.num_moe_experts if config.num_moe_experts else 0.0
+
+
+def of_stage(chunks: Sequence[torch.nn.Module]) -> Counts:
+    """The pipeline stage that this rank belongs to, from this rank's chunks alone.
+
+    Tensor- and expert-parallel shards count as often as there are of them, copies over data parallel
+    once, and the MTP stage's copy of the embedding not at all.
+    """
+    found = dict.fromkeys(Counts.__dataclass_fields__, 0)
     for chunk in map(bare, chunks):
-        copy_of_embedding = not chunk.pre_process and getattr(chunk, "embedding", None) is not None
+        copies = {id(parameter) for parameter in copied(chunk)}
         for name, parameter in chunk.named_parameters():
-            if copy_of_embedding and name.startswith("embedding."):
-                continue
-            routed = ".experts." in name
-            local[int(routed)] += parameter.numel() / _copies(parameter, routed)
-    torch.distributed.all_reduce(local)
-    dense, routed_total = (round(x) for x in local.tolist())
-    share = config.moe_router_topk / config.num_moe_experts if config.num_moe_experts else 0
-    return dense + routed_total, dense + round(routed_total * share)
+            if id(parameter) not in copies and parameter.requires_grad:
+                found[_kind(name)] += parameter.numel() * _shards(name, parameter)
+    for name, router in routers.local(chunks):
+        found["mtp_biases" if name.startswith("mtp.") else "biases"] += _kept(router)
+    return Counts(**found)
 
 
-def _copies(parameter: torch.Tensor, routed: bool) -> int:
-    """Ranks of one pipeline stage that hold the very same values of this parameter."""
-    if routed:
-        return torch.distributed.get_world_size(parallel_state.get_expert_data_parallel_group())
-    copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    if not getattr(parameter, "tensor_model_parallel", False):
-        copies *= parallel_state.get_tensor_model_parallel_world_size()
-    return copies
+def of_model(chunks: Sequence[torch.nn.Module]) -> Counts:
+    """The whole model, from a rank of a run; collective over all ranks."""
+    mine = astuple(of_stage(chunks))
+    summed = torch.tensor(mine, dtype=torch.int64, device=next(chunks[0].parameters()).device)
+    torch.distributed.all_reduce(summed)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    ranks = torch.distributed.get_world_size() // stages
+    return Counts(*(count // ranks for count in summed.tolist()))
+
+
+def parameters(config: Any, chunks: Sequence[torch.nn.Module]) -> tuple[int, int]:
+    """(trainable, activated a token) of the whole model with MTP, embedding and head; collective."""
+    counts = of_model(chunks)
+    part = share(config)
+    return counts.model + counts.mtp, counts.activated(part) + counts.mtp_activated(part)
+
+
+def copied(chunk: Any) -> list[torch.nn.Parameter]:
+    """Parameters of a chunk that another stage owns: MTP's copy of the embedding, kept equal by core."""
+    embedding = getattr(chunk, "embedding", None)
+    return list(embedding.parameters()) if embedding is not None and not chunk.pre_process else []
+
+
+def _kept(router: torch.nn.Module) -> int:
+    """Elements of a router's own buffers that are saved."""
+    lost = router._non_persistent_buffers_set
+    return sum(x.numel() for name, x in router.named_buffers(recurse=False) if name not in lost)
+
+
+def _kind(name: str) -> str:
+    first = name.split(".", 1)[0]
+    if first == "embedding":
+        return "embedding"
+    if first == "output_layer":
+        return "head"
+    return ("mtp_" if first == "mtp" else "") + ("experts" if ".experts." in name else "dense")
+
+
+def _shards(name: str, parameter: torch.Tensor) -> int:
+    """Different shards of this parameter within a pipeline stage."""
+    if ".experts." in name:
+        tensor = parallel_state.get_expert_tensor_parallel_world_size()
+        return parallel_state.get_expert_model_parallel_world_size() * tensor
+    if getattr(parameter, "tensor_model_parallel", False):
+        return parallel_state.get_tensor_model_parallel_world_size()
+    return 1
+
+
+__all__ = ["Counts", "copied", "of_model", "of_stage", "parameters", "share"]

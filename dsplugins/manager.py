@@ -168,7 +168,7 @@ def choose(recipe: Recipe) -> Plugins:
     chosen: list[Chosen] = []
     for name, values in recipe.plugins.items():
         offer = _find(name, everyone, problems)
-        item = _make(offer, values, problems) if offer else None
+        item = make(offer, values, problems) if offer else None
         if item:
             chosen.append(item)
     failed = {p.key.split(".")[1] for p in problems if p.key.startswith("plugins.")}
@@ -197,7 +197,8 @@ def _find(name: str, everyone: Sequence[Offer], problems: list[Problem]) -> Offe
     return None
 
 
-def _make(offer: Offer, values: Mapping[str, Any], problems: list[Problem]) -> Chosen | None:
+def make(offer: Offer, values: Mapping[str, Any], problems: list[Problem]) -> Chosen | None:
+    """The plugin with its options; None, and what is wrong in `problems`, if it can't be had."""
     key = f"plugins.{offer.name}"
     try:
         cls = offer.entry_point.load()

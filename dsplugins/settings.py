@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsplugins.contracts import Plan, Problem, RecipeError, Settings
+from dsplugins.refusals import refusal
 from dsplugins.schedules import Schedule
 from dsplugins.typed import check_megatron
 
@@ -94,6 +95,17 @@ def settle(plan: Plan, plugins: Plugins, recipe: Recipe) -> Settings:
     Raises RecipeError with every problem: unknown fields, two writers, what megatron-core's own
     validation refuses, what plugins' `ds_check` and the pipeline schedule refuse.
     """
+    settings = construct(plan, plugins, recipe)
+    problems = objections(plan, plugins, settings)
+    if problems:
+        raise RecipeError(recipe.located(problems))
+    return settings
+
+
+def construct(plan: Plan, plugins: Plugins, recipe: Recipe) -> Settings:
+    """megatron-core's objects, and who wrote each field. Raises RecipeError as `settle` does, but for
+    what plugins and the pipeline schedule object to: they are not asked.
+    """
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -118,16 +130,18 @@ def settle(plan: Plan, plugins: Plugins, recipe: Recipe) -> Settings:
     if problems:
         raise RecipeError(recipe.located(problems))
     _translate(values["model"])
-    built = {name: _construct(classes[name], values[name], name, problems) for name in SECTIONS}
+    built = {name: _construct(classes[name], values[name], name, book, problems) for name in SECTIONS}
     if problems:
         raise RecipeError(recipe.located(problems))
-    settings = Settings(built["model"], built["optimizer"], built["ddp"], vocab_size, scheduled, book.writers)
+    return Settings(built["model"], built["optimizer"], built["ddp"], vocab_size, scheduled, book.writers)
+
+
+def objections(plan: Plan, plugins: Plugins, settings: Settings) -> list[Problem]:
+    """What plugins find wrong with the settings, and batches that the pipeline schedule refuses."""
+    problems: list[Problem] = []
     for _, found in plugins.event("ds_check", plan=plan, settings=settings):
         problems += found or ()
-    problems += refused_batches(plan, plugins)
-    if problems:
-        raise RecipeError(recipe.located(problems))
-    return settings
+    return problems + refused_batches(plan, plugins)
 
 
 def _translate(model: dict[str, Any]) -> None:
@@ -148,14 +162,13 @@ def _translate(model: dict[str, Any]) -> None:
         model.setdefault("pipeline_dtype", dtype)
 
 
-def _construct(cls: type, values: Mapping[str, Any], section: str, problems: list[Problem]) -> Any:
+def _construct(
+    cls: type, values: Mapping[str, Any], section: str, book: Ledger, problems: list[Problem]
+) -> Any:
     try:
         return cls(**values)
     except (ValueError, AssertionError, TypeError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        problems.append(
-            Problem(f"{section}: megatron-core refuses: {said}", section, "change the fields it names")
-        )
+        problems.append(refusal(str(error) or type(error).__name__, section, values, book.writers))
         return None
 
 
@@ -164,14 +177,30 @@ def refused_batches(plan: Plan, plugins: Plugins) -> list[Problem]:
     schedule = plugins.slot("schedule", plan=plan)
     unit = plan.train.micro_batch * plan.layout.data
     counts = [batch // unit for batch in plan.train.global_batch.distinct(unit)]
-    refused = [(count, reason) for count in counts if (reason := schedule.refuses(count))]
-    if not refused:
+    reasons = {count: reason for count in counts if (reason := schedule.refuses(count))}
+    if not reasons:
         return []
+    allowed = [count for count in counts if count not in reasons]
+    first, reason = next(iter(reasons.items()))
     said = (
-        f"train.global_batch makes {len(counts)} micro-batch counts ({counts[0]} to {counts[-1]}), of which "
-        f"{plan.slots['schedule']} refuses {len(refused)}: {refused[0][0]}: {refused[0][1]}"
+        f"train.global_batch comes to {len(counts)} micro-batch counts a step, {spans(counts)}, of which "
+        f"{plan.slots['schedule']} refuses {len(reasons)}: {spans(list(reasons))}; why {first}: {reason}"
     )
-    return [Problem(said, "train.global_batch", "change the batch, the layout or the schedule plugin")]
+    remedy = f"it allows {spans(allowed)}, " if allowed else "it allows none of them: "
+    remedy += f"a step has global batch / {unit} micro-batches; change the batch, the layout or the schedule"
+    return [Problem(said, "train.global_batch", remedy)]
 
 
-__all__ = ["Ledger", "ledger", "refused_batches", "settle"]
+def spans(numbers: Sequence[int]) -> str:
+    """Sorted numbers in words: `24-26, 28, 30-120`; long lists are cut in the middle."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    words = ["-".join(map(str, run)) for run in runs]
+    return ", ".join(words if len(words) <= 8 else [*words[:5], "...", *words[-2:]])
+
+
+__all__ = ["Ledger", "construct", "ledger", "objections", "refused_batches", "settle", "spans"]

@@ -9,6 +9,7 @@ import click
 
 COMMANDS = {
     "train": "Train a recipe.",
+    "check": "Build a recipe's stages without memory, count parameters, find what is wrong.",
     "explain": "Show every effective value of a recipe with its origin, and who owns each slot.",
     "plugins": "List installed plugins, or show one.",
     "recipes": "List shipped recipes.",

@@ -26,7 +26,7 @@ def command(as_json: bool) -> None:
 
     Exit code 4 if something that every run needs is missing or wrong.
     """
-    rows = [_python(), *_requirements(), *machine.rows()]
+    rows = everything()
     wrong = [row for row in rows if row["state"] == "WRONG"]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
@@ -37,6 +37,11 @@ def command(as_json: bool) -> None:
                 click.echo(f"{row['what']}: {row['remedy']}")
     if wrong:
         raise SystemExit(4)
+
+
+def everything() -> list[dict[str, str]]:
+    """All that is looked at, as `machine.row`s; imports torch, opens gloo."""
+    return [_python(), *_requirements(), *machine.rows()]
 
 
 def _python() -> dict[str, str]:

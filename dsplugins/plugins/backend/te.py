@@ -24,7 +24,7 @@ class TransformerEngine:
 
     contract = ">=1.0,<2"
     stand_in: ClassVar[str] = "torch_local"
-    """Backend that `check` builds with, on the meta device, where TransformerEngine can't be imported."""
+    """Its modules have the same parameters, and need no GPU to be made; see `dsplugins.stand_ins`."""
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:

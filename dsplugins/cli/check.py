@@ -1,0 +1,81 @@
+"""`dsplugins check RECIPE [KEY=VALUE ...]`: whether a recipe fits together, and what it comes to."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+
+@click.command("check")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--here", is_flag=True, help="Also whether this machine can run it.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def command(recipe: str, overrides: tuple[str, ...], here: bool, as_json: bool) -> None:
+    """Check RECIPE without running it: no GPU, no TransformerEngine, no data needed.
+
+    Builds every pipeline stage on the meta device, as ranks of the recipe's own number, and counts
+    parameters. Exit code 3 if the recipe is wrong. With --here, exit code 4 if this machine lacks what it
+    needs: libraries, devices, data; set LOCAL_WORLD_SIZE for a machine that runs a part of the ranks.
+    """
+    from dsplugins.cli import check_report
+    from dsplugins.contracts import RecipeError
+
+    began = time.perf_counter()
+    findings = _findings(recipe, overrides, here)
+    findings["seconds"] = time.perf_counter() - began
+    problems = findings.pop("_problems")
+    must_fit = here or "stages" not in findings
+    wrong = [problem for problem in problems if must_fit or problem.kind == "recipe"]
+    if as_json:
+        click.echo(json.dumps(findings, indent=1))
+    elif not any(problem.kind == "recipe" for problem in problems):
+        click.echo(check_report.text(findings, here))
+    if not wrong:
+        return
+    if as_json:
+        raise SystemExit(3 if any(problem.kind == "recipe" for problem in wrong) else 4)
+    raise RecipeError(wrong)
+
+
+def _findings(recipe: str, overrides: Sequence[str], here: bool) -> dict[str, Any]:
+    """What this process finds, and its children: problems, plan, stages, counts, machine."""
+    from dsplugins.cli import child
+    from dsplugins.contracts import Problem, RecipeError
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+
+    request = {"recipe": recipe, "overrides": list(overrides)}
+    found: dict[str, Any] = {"recipe": recipe}
+    try:
+        _, plan = prepare(Recipe.load(recipe, overrides))
+    except RecipeError as error:
+        return found | _with(error.problems)
+    machine = child.start("dsplugins.cli.here", request) if here else None
+    meta = child.start("dsplugins.meta", request, without_gpu=True).answer()
+    problems = [Problem(**fields) for fields in meta.pop("problems")]
+    found |= _plan(plan) | (meta.pop("built") or {})
+    if machine:
+        answer = machine.answer()
+        problems += [Problem(**fields) for fields in answer.pop("problems")]
+        found |= answer
+    return found | _with(problems)
+
+
+def _with(problems: Sequence[Any]) -> dict[str, Any]:
+    unique = list(dict.fromkeys(problems))
+    return {"problems": [vars(problem) for problem in unique], "_problems": unique}
+
+
+def _plan(plan: Any) -> dict[str, Any]:
+    """Layout and batches, from the plan."""
+    unit = plan.train.micro_batch * plan.layout.data
+    counts = [batch // unit for batch in plan.train.global_batch.distinct(unit)]
+    return {
+        "layout": vars(plan.layout) | {"data": plan.layout.data, "expert_data": plan.layout.expert_data},
+        "micro_batches": counts,
+    }

@@ -1,0 +1,88 @@
+"""What `dsplugins check` found, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dsplugins.cli.columns import columns
+from dsplugins.settings import spans
+
+
+def text(findings: Mapping[str, Any], here: bool) -> str:
+    """Layout, stages, counts and, with `here`, the machine; blocks between empty lines."""
+    blocks = ["\n".join(_head(findings))]
+    if "stages" in findings:
+        blocks += [_stages(findings["stages"]), _counts(findings["counts"])]
+    if "machine" in findings:
+        blocks.append(_machine(findings["machine"]))
+    blocks.append("\n".join(_end(findings, here)))
+    return "\n\n".join(blocks)
+
+
+def _head(findings: Mapping[str, Any]) -> Iterator[str]:
+    layout = findings["layout"]
+    sizes = ", ".join(
+        f"{name.replace('_', ' ')} {size}"
+        for name, size in layout.items()
+        if size > 1 and name not in ("world_size", "data", "expert_data")
+    )
+    yield (
+        f"layout: {layout['world_size']} processes, data parallel {layout['data']}"
+        f"{', ' if sizes else ''}{sizes}"
+    )
+    yield f"micro-batches a step: {spans(findings['micro_batches'])}"
+    for plugin, name in findings.get("stand_ins", {}).items():
+        yield f"stand-in: built with {name} in the place of {plugin}, which a run uses"
+
+
+def _stages(rows: list[dict[str, Any]]) -> str:
+    several = any(row["chunk"] for row in rows)
+    copies = any(row["embedding_copy"] for row in rows)
+    table = [["stage", *(["chunk"] if several else []), "parameters of a rank", "layers"]]
+    for row in rows:
+        layers = row["layers"]
+        if row["embedding_copy"]:
+            layers += f", a copy of the embedding ({row['embedding_copy']:,})"
+        chunk = [str(row["chunk"])] if several else []
+        table.append([str(row["stage"]), *chunk, f"{row['parameters']:,}", layers])
+    note = "\nThe copy is MTP's own of the first stage's embedding, kept equal to it; counted once below."
+    return columns(_right(table, "parameters of a rank")) + (note if copies else "")
+
+
+def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:
+    titles = list(next(iter(counts.values())))
+    table = [["parameters", *(title.replace("_", " ") for title in titles)]]
+    for name, row in counts.items():
+        shown = name.replace("_", " ").replace("mtp", "MTP")
+        table.append([shown, *(f"{row[title]:,}" for title in titles)])
+    for title in table[0][1:]:
+        table = _right(table, title)
+    return columns(table)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    rows = [[row["state"], row["what"], row["found"]] for row in machine["found"]]
+    return f"this machine, for {machine['processes']} processes of the run:\n{columns(rows)}"
+
+
+def _end(findings: Mapping[str, Any], here: bool) -> Iterator[str]:
+    lacking = [problem for problem in findings["problems"] if problem["kind"] == "environment"]
+    if lacking and not here and "stages" in findings:
+        things = "thing" if len(lacking) == 1 else "things"
+        yield f"This machine lacks {len(lacking)} {things} that a run needs: --here says which."
+    if "stages" in findings:
+        took = f"{findings['build_seconds']:.1f} s to build, {findings['seconds']:.1f} s in all"
+        yield f"{findings['recipe']}: nothing wrong with the recipe ({took})"
+
+
+def _right(table: list[list[str]], title: str) -> list[list[str]]:
+    """The table with the column of that title, if there is one, set to the right."""
+    if title not in table[0]:
+        return table
+    at = table[0].index(title)
+    width = max(len(row[at]) for row in table)
+    return [[*row[:at], row[at].rjust(width), *row[at + 1 :]] for row in table]
+
+
+__all__ = ["text"]

@@ -1,0 +1,79 @@
+"""The child process of `dsplugins check`: a recipe's settings and every pipeline stage, built on nothing.
+
+Takes a recipe and overrides as JSON on stdin, leaves its findings as JSON in the file that it is given:
+`python -m dsplugins.meta ANSWER < REQUEST`. A process of its own, since it redirects `torch.cuda` to the
+meta device, where tensors have shapes and no memory, and pretends to be one rank after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsplugins.contracts import EnvironmentUnfit, Problem, RecipeError
+
+if TYPE_CHECKING:
+    from dsplugins.contracts import Plan
+    from dsplugins.manager import Plugins
+    from dsplugins.recipe import Recipe
+
+
+def main() -> None:
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    Path(sys.argv[1]).write_text(json.dumps(answer(request["recipe"], request["overrides"])))
+
+
+def answer(path: str, overrides: list[str]) -> dict[str, Any]:
+    """What there is to say: `problems`, of both kinds, and `built` where there is none with the recipe."""
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+
+    recipe = Recipe.load(path, overrides)
+    problems: list[Problem] = []
+    built = None
+    try:
+        plugins, plan = prepare(recipe)
+        built = build(recipe, plan, plugins, problems)
+    except RecipeError as error:
+        problems += error.problems
+    except EnvironmentUnfit as error:
+        remedy = "the plugin that says so should name a stand_in, for a build without its library"
+        problems.append(Problem(f"can't be built here: {error}", "plugins", remedy, kind="environment"))
+    return {"problems": [asdict(problem) for problem in recipe.located(problems)], "built": built}
+
+
+def build(recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem]) -> dict[str, Any] | None:
+    """Settings as in a run, then the stages with stand-ins; None where the recipe forbids it."""
+    from dsplugins.cuda_redirect import install
+
+    install("meta")
+    from dsplugins import audit, counts, settings, stages
+    from dsplugins.stand_ins import substitute
+
+    settled = settings.construct(plan, plugins, recipe)
+    problems += settings.objections(plan, plugins, settled)
+    stage = stages.Stage(plan, settled, plugins, ())
+    problems += map(stages.difference, audit.fields.differences(stage))
+    if any(problem.kind == "recipe" for problem in problems):
+        return None
+    began = time.perf_counter()
+    with_stand_ins, substitutes = substitute(plugins)
+    found = stages.build_all(recipe, plan, with_stand_ins)
+    problems += found.problems
+    if found.problems:
+        return None
+    return {
+        "stand_ins": dict(substitutes),
+        "stages": [asdict(row) for row in found.rows],
+        "counts": found.counts.rows(counts.share(settled.model)),
+        "build_seconds": time.perf_counter() - began,
+    }
+
+
+if __name__ == "__main__":
+    main()

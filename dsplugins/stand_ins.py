@@ -1,0 +1,45 @@
+"""Plugins that stand in for others where a model is only built, never run: on the meta device, without a GPU.
+
+A plugin whose parts need a library or a device to be constructed names another one of its slot, which
+makes parts of the same shapes with neither: `stand_in = "torch_local"`. `dsplugins check` always builds with
+it, whatever is installed, so that its answer is the same on every machine; a run never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dsplugins.contracts import Problem, RecipeError
+from dsplugins.manager import Chosen, Plugins, make, offers
+
+
+def substitute(plugins: Plugins) -> tuple[Plugins, Mapping[str, str]]:
+    """The plugins with every `stand_in` in its owner's place, and {plugin: its stand-in}.
+
+    Raises RecipeError for a stand-in that nobody offers in that slot, or that can't be made without options.
+    """
+    problems: list[Problem] = []
+    chosen, substitutes = [], {}
+    for item in plugins:
+        name = getattr(item.plugin, "stand_in", None)
+        replacement = item if name is None else _stand_in(item, name, problems)
+        if replacement is not None and name is not None:
+            substitutes[item.name] = name
+        if replacement is not None:
+            chosen.append(replacement)
+    if problems:
+        raise RecipeError(problems)
+    return Plugins(chosen), substitutes
+
+
+def _stand_in(item: Chosen, name: str, problems: list[Problem]) -> Chosen | None:
+    offered = [offer for offer in offers() if offer.name == name and offer.slot == item.slot]
+    if len(offered) != 1:
+        key = f"plugins.{item.name}"
+        said = f"{key}: its stand_in {name!r} is not a plugin of the slot {item.slot} that is installed once"
+        problems.append(Problem(said, key, "tell its author"))
+        return None
+    return make(offered[0], {}, problems)
+
+
+__all__ = ["substitute"]
