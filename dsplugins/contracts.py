@@ -147,6 +147,24 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Save:
+    """`save:` of a recipe: checkpoints in the run directory. A run that is asked to stop always saves."""
+
+    every: int = 0
+    """Steps between two checkpoints; 0 counts none."""
+    minutes: float = 0.0
+    """Minutes between two checkpoints, by rank 0's clock; 0 counts none."""
+    at_end: bool = True
+    """Save after the last step."""
+    keep: int = 2
+    """Newest checkpoints that are kept, at least 1."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept for good; 0 keeps none."""
+    asynchronous: bool = True
+    """Copy the state and write it while training goes on; costs this rank's share of it in host memory."""
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """`run:` of a recipe."""
 
@@ -172,6 +190,7 @@ class Plan:
     data: DataOptions
     train: Train
     evaluate: Evaluate
+    save: Save
     run: RunOptions
     plugins: tuple[str, ...]
     """Names of the chosen plugins, in call order."""
@@ -361,6 +380,7 @@ __all__ = [
     "RouterFactory",
     "RunEnd",
     "RunOptions",
+    "Save",
     "Settings",
     "Step",
     "Train",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from dsplugins.contracts import (
     Train,
 )
 from dsplugins.manager import Plugins, choose
+from dsplugins.megatron_fields import unknown_fields
 from dsplugins.typed import build
 
 if TYPE_CHECKING:
@@ -46,37 +47,60 @@ class Parallel:
     """Megatron's context_parallel_size."""
 
 
+SECTIONS = {
+    "parallel": Parallel,
+    "data": DataOptions,
+    "train": Train,
+    "evaluate": Evaluate,
+    "save": Save,
+    "run": RunOptions,
+}
+"""Sections with dataclasses of ours."""
+
+
 def prepare(recipe: Recipe) -> tuple[Plugins, Plan]:
     """The plugins that a recipe names and its plan; imports neither torch nor megatron-core.
 
-    Raises RecipeError with every problem that can be found so: the text, the plugins, the typed
-    sections, the sizes.
+    Raises RecipeError with every problem that can be found so, see `survey`.
     """
-    problems = list(recipe.problems)
-    plugins: Plugins | None = None
-    try:
-        plugins = choose(recipe)
-    except RecipeError as error:
-        problems += error.problems
-    plan = _plan(recipe, plugins, problems)
-    if plan:
-        problems += [*_needed(plan), *_length(plan), *_layout(plan), *_batches(plan)]
+    plugins, plan, problems = survey(recipe)
     if problems or plugins is None or plan is None:
         raise RecipeError(recipe.located(problems))
     return plugins, plan
 
 
-def _plan(recipe: Recipe, plugins: Plugins | None, problems: list[Problem]) -> Plan | None:
-    """The plan, or None when a section is wrong; adds to `problems`."""
-    kinds = {
-        "parallel": Parallel,
-        "data": DataOptions,
-        "train": Train,
-        "evaluate": Evaluate,
-        "save": Save,
-        "run": RunOptions,
-    }
-    parts = {name: _section(recipe, name, cls, problems) for name, cls in kinds.items()}
+def survey(recipe: Recipe) -> tuple[Plugins | None, Plan | None, list[Problem]]:
+    """The plugins, the plan, and every problem of the text, the plugins, the sections and the sizes.
+
+    No plugins where a plugin is at fault; no plan where a value doesn't fit its section.
+    """
+    problems: list[Problem] = []
+    plugins: Plugins | None = None
+    try:
+        plugins = choose(recipe)
+    except RecipeError as error:
+        problems += error.problems
+    problems += unknown_fields(recipe.sections)
+    parts = {name: _section(recipe, name, cls) for name, cls in SECTIONS.items()}
+    problems += [problem for _, faults in parts.values() for problem in faults]
+    plan = _plan(recipe, plugins, {name: part for name, (part, _) in parts.items()})
+    told = {problem.key for problem in recipe.problems}
+    unsound = {name for name, (_, faults) in parts.items() if faults} | {key.split(".")[0] for key in told}
+    for check, sections in CHECKS:
+        if plan and not unsound.intersection(sections):
+            problems += check(plan)
+    found = [*recipe.problems, *(problem for problem in problems if not _follows(problem.key, told))]
+    return plugins, None if unsound.intersection(SECTIONS) else plan, found
+
+
+def _follows(key: str, told: Collection[str]) -> bool:
+    """Whether a fault at `key` comes from one in the text, of the same key or one above or below it."""
+    if key == "plugins":  # about slots, not about what stands in there
+        return False
+    return any(bad and (f"{key}.".startswith(f"{bad}.") or bad.startswith(f"{key}.")) for bad in told)
+
+
+def _plan(recipe: Recipe, plugins: Plugins | None, parts: Mapping[str, Any]) -> Plan | None:
     if any(part is None for part in parts.values()):
         return None
     run, parallel = parts["run"], parts["parallel"]
@@ -98,19 +122,22 @@ def _plan(recipe: Recipe, plugins: Plugins | None, problems: list[Problem]) -> P
 
 def run_directory(recipe: Recipe) -> Path | None:
     """Where a recipe's run is kept, known also when the recipe is refused; None if `run:` itself is wrong."""
-    run = _section(recipe, "run", RunOptions, [])
-    return Path(_filled(run, recipe)) if run else None
+    run, faults = _section(recipe, "run", RunOptions)
+    return None if faults else Path(_filled(run, recipe))
 
 
 def _filled(run: RunOptions, recipe: Recipe) -> str:
     return run.directory.replace("{recipe}", recipe.name)
 
 
-def _section(recipe: Recipe, name: str, cls: type, problems: list[Problem]) -> Any:
+def _section(recipe: Recipe, name: str, cls: type) -> tuple[Any, list[Problem]]:
+    """A section as its dataclass, and what is wrong with it; it is made of the values that fit."""
     values: Mapping[str, Any] = recipe.sections.get(name, {})
     built, faults = build(cls, values, name, f"`{name}:`")
-    problems += faults
-    return built
+    if faults:
+        bad = {problem.key for problem in faults}
+        built, _ = build(cls, {k: v for k, v in values.items() if f"{name}.{k}" not in bad}, name, "")
+    return built, faults
 
 
 def _needed(plan: Plan) -> Iterable[Problem]:
@@ -130,6 +157,10 @@ def _length(plan: Plan) -> Iterable[Problem]:
         if value is not None and value <= 0:
             yield Problem(f"train.{name}={value} is not positive", f"train.{name}", "give a positive number")
     at_least = {
+        "data.seq_length": (plan.data.seq_length, 1),
+        "train.seed": (train.seed, 0),
+        "train.learning_rate": (train.learning_rate.lowest, 0),
+        "train.global_batch": (train.global_batch.lowest, 1),
         "train.micro_batch": (train.micro_batch, 1),
         "train.log_every": (train.log_every, 1),
         "evaluate.every": (plan.evaluate.every, 0),
@@ -141,7 +172,9 @@ def _length(plan: Plan) -> Iterable[Problem]:
     }
     for key, (number, least) in at_least.items():
         if number < least:
-            yield Problem(f"{key}={number} is less than {least}", key, f"give {least} or more")
+            yield Problem(f"{key}={number:g} is less than {least}", key, f"give {least} or more")
+    if not plan.run.directory:
+        yield Problem("run.directory is empty", "run.directory", "name a folder, such as runs/{recipe}")
 
 
 def _divides(small: int, small_key: str, large: Any, large_key: str) -> Iterable[Problem]:
@@ -190,19 +223,25 @@ def _batches(plan: Plan) -> Iterable[Problem]:
     unit = plan.train.micro_batch * plan.layout.data
     if unit < 1:
         return
-    batch = plan.train.global_batch
-    if batch.is_constant and batch.at(0, 0) % unit:
-        said = (
-            f"train.global_batch={batch.at(0, 0):g} is not a multiple of micro_batch x data parallel = {unit}"
-        )
-        yield Problem(said, "train.global_batch", f"use a multiple of {unit}")
-    elif not batch.is_constant and batch.at(0, 0) < unit:
-        said = f"train.global_batch starts at {batch.at(0, 0):g}, below micro_batch x data parallel = {unit}"
-        yield Problem(said, "train.global_batch", f"start at {unit} or more")
+    # Between its ends a ramp is rounded down; a batch that is written down must be one.
+    written = {value: None for phase in plan.train.global_batch.phases for value in (phase.start, phase.end)}
+    if odd := [f"{value:g}" for value in written if value % unit or value < unit]:
+        amiss = "is not a multiple" if len(odd) == 1 else "are not multiples"
+        said = f"train.global_batch={', '.join(odd)} {amiss} of micro_batch x data parallel = {unit}"
+        yield Problem(said, "train.global_batch", f"use multiples of {unit}")
     sequences = plan.evaluate.sequences
     if sequences % unit:
         said = f"evaluate.sequences={sequences} is not a multiple of micro_batch x data parallel = {unit}"
         yield Problem(said, "evaluate.sequences", f"use a multiple of {unit}, or 0")
 
 
-__all__ = ["Parallel", "prepare", "run_directory"]
+CHECKS: tuple[tuple[Callable[[Plan], Iterable[Problem]], tuple[str, ...]], ...] = (
+    (_needed, ()),
+    (_length, ("data", "train", "evaluate", "save", "run")),
+    (_layout, ("parallel", "data", "run")),
+    (_batches, ("parallel", "train", "evaluate", "run")),
+)
+"""What is checked of a plan, and the sections that must be sound for it, or it would blame the wrong key."""
+
+
+__all__ = ["Parallel", "prepare", "run_directory", "survey"]

@@ -13,74 +13,103 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsplugins import process_group
-from dsplugins.contracts import EnvironmentUnfit, Evaluation, RecipeError, RunEnd, Step, Train
+from dsplugins.contracts import Evaluation, RunEnd, Step, Train
 from dsplugins.plan import prepare
 from dsplugins.rundir import RunDirectory, versions
 from dsplugins.show import Display
+from dsplugins.wishes import Stopped, Wishes
 
 if TYPE_CHECKING:
     from dsplugins.assemble import Assembly
     from dsplugins.recipe import Recipe
+    from dsplugins.step import Progress
 
 
-def train(recipe: Recipe) -> int:
-    """One rank of a run; returns its exit code. Expects torchrun's environment variables."""
+def train(recipe: Recipe, fresh: bool = False) -> None:
+    """One rank of a run, from where its directory stands, or from the start if `fresh`.
+
+    Expects torchrun's environment variables. Raises Stopped when a signal ended the run early.
+    """
     plugins, plan = prepare(recipe)
     process_group.right_world(plan)
-    directory = RunDirectory(Path(plan.run.directory))
-    leads = os.environ.get("RANK", "0") == "0"
-    display = Display(speaks=leads)
+    display = Display(speaks=os.environ.get("RANK", "0") == "0")
     try:
         platform = plugins.slot("platform", plan=plan)
         device = platform.prepare(int(os.environ.get("LOCAL_RANK", "0")))
         from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
 
         run = assemble(recipe, plan, plugins, platform, device)
-        if leads:
-            directory.start(recipe, plugins)
-        Loop(run, directory, display).run()
-    except BaseException as error:
+        Loop(run, RunDirectory(Path(plan.run.directory)), display).run(recipe, fresh)
+    finally:
         display.stop_bar()
-        if leads:
-            directory.end(_code(error), f"{type(error).__name__}: {error}".splitlines()[0])
-        raise
-    return 0
-
-
-def _code(error: BaseException) -> int:
-    if isinstance(error, RecipeError):
-        return 3
-    return 4 if isinstance(error, EnvironmentUnfit) else 1
 
 
 class Loop:
     """Steps, evaluations and the end of a run over one rank's assembly."""
 
     def __init__(self, run: Assembly, directory: RunDirectory, display: Display) -> None:
+        from dsplugins.saver import Saver
+
+        self.saver = Saver(run, directory.path / "checkpoints")
         self.assembly, self.directory, self.display = run, directory, display
         self.plan, self.plugins, self.leads = run.plan, run.plugins, run.rank == 0
         self.baselines = dict(run.data.baselines()) if run.plan.evaluate.sequences else {}
         self.evaluation: Evaluation | None = None
 
-    def run(self) -> None:
-        """Train to the end of the recipe, look at the result, and leave the process group."""
-        from dsplugins.step import Progress, take_step
+    def run(self, recipe: Recipe, fresh: bool = False) -> None:
+        """Train to the end of the recipe, look at the result, and leave the process group.
 
-        self.display.opening(self.plan, self.plugins, self._facts())
+        Goes on from the newest good checkpoint. Raises Stopped when a signal asked for it: the step is
+        finished then and a checkpoint written.
+        """
+        from dsplugins.step import take_step
+
+        progress = self._begin(recipe, fresh)
         self.display.bar(self.plan.train.steps or 0)
-        progress, over = Progress(), False
-        while not over:
-            step = take_step(self.assembly, progress)
-            progress = progress.after(step.global_batch)
-            over = _over(self.plan.train, step)
-            self._report(step, over)
-            every = self.plan.evaluate.every
-            if every and step.step % every == 0 and not over:
-                self._evaluate(step.step)
+        over = _over(self.plan.train, progress.steps, progress.sequences * self.plan.data.seq_length)
+        with Wishes().heard() as wishes:
+            while not over:
+                step = take_step(self.assembly, progress)
+                progress = progress.after(step.global_batch)
+                over = _over(self.plan.train, step.step, step.tokens)
+                self._report(step, over)
+                self._save(progress, wishes.stop, over)
+                every = self.plan.evaluate.every
+                if every and step.step % every == 0 and not over:
+                    self._evaluate(step.step)
         self.display.stop_bar()
         if self.plan.evaluate.sequences:
             self._evaluate(progress.steps)
+        self.saver.close()
         self._finish(progress.steps)
+
+    def _begin(self, recipe: Recipe, fresh: bool) -> Progress:
+        """Where the run stands, with the state that belongs to it; what is to be seen first is shown."""
+        progress, told = self.saver.resume(fresh)
+        if self.leads and progress.steps:
+            self.directory.rewind(progress.steps)
+        elif self.leads:
+            self.directory.start(recipe, self.plugins)
+        self.display.opening(self.plan, self.plugins, self._facts())
+        for line in told:
+            self.display.say(line)
+        return progress
+
+    def _save(self, progress: Progress, asked: str | None, over: bool) -> None:
+        """Save where it is time to, on all ranks together; stop where one of them was asked to."""
+        import torch
+
+        wanted = self.leads and (self.saver.due(progress.steps) or (over and self.plan.save.at_end))
+        flags = torch.tensor([asked is not None, wanted], dtype=torch.int32, device=self.assembly.device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        stop, save = (bool(flag) for flag in flags.tolist())
+        stop = stop and not over
+        if save or stop:
+            self.saver.save(progress)
+        if stop:
+            self.saver.close()
+            at = f"step {progress.steps}, saved in {self.saver.newest()}"
+            raise Stopped(f"stopped by {asked or 'a signal to another rank'} after {at}")
 
     def _facts(self) -> dict[str, str]:
         """What the opening tells beside the plugins; collective."""
@@ -177,11 +206,11 @@ def as_row(step: Step, seq_length: int) -> dict[str, Any]:
     }
 
 
-def _over(train: Train, step: Step) -> bool:
+def _over(train: Train, steps: int, tokens: int) -> bool:
     if train.steps is not None:
-        return step.step >= train.steps
+        return steps >= train.steps
     assert train.tokens is not None, "plan.prepare refuses a run without an end"
-    return step.tokens >= train.tokens
+    return tokens >= train.tokens
 
 
 __all__ = ["Loop", "as_row", "train"]

@@ -61,6 +61,8 @@ def message_of(error: Exception) -> str:
     if isinstance(error, RecipeError):
         from dsplugins.recipe import render
 
+        if code_of(error) == 4:
+            return "\n".join(f"{p.place}: {p.message}: {p.remedy}" for p in error.problems)
         return render(error.problems)
     if isinstance(error, EnvironmentUnfit):
         return f"this machine can't run it: {error}"

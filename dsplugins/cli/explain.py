@@ -60,6 +60,7 @@ def _sections(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, str]]:
         "data": plan.data,
         "train": plan.train,
         "evaluate": plan.evaluate,
+        "save": plan.save,
         "run": plan.run,
     }
     for section, values in named.items():

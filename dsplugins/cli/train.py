@@ -103,11 +103,13 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool) -> None:
 def _prepare(recipe: Recipe) -> tuple[int, Path]:
     """Every problem that can be found without importing torch is found before a process is started."""
     from dsplugins.contracts import RecipeError
-    from dsplugins.plan import prepare
+    from dsplugins.plan import survey
     from dsplugins.settings import ledger
 
-    plugins, plan = prepare(recipe)
-    if problems := ledger(plan, plugins, recipe).problems:
+    plugins, plan, problems = survey(recipe)
+    if plugins and plan and plan.layout.data > 0:  # else plugins would be asked about a layout that can't be
+        problems += ledger(plan, plugins, recipe).problems
+    if problems or not plan:
         raise RecipeError(recipe.located(problems))
     return plan.run.world_size, Path(plan.run.directory)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsplugins.contracts import DataOptions, Evaluate, Layout, Plan, RunOptions, Train
+from dsplugins.contracts import DataOptions, Evaluate, Layout, Plan, RunOptions, Save, Train
 
 
 @pytest.fixture
@@ -35,6 +35,7 @@ def plan():
             data=DataOptions(seq_length=seq_length),
             train=Train(global_batch=None, learning_rate=None, seed=seed),
             evaluate=Evaluate(sequences=sequences),
+            save=Save(),
             run=RunOptions(),
             plugins=("python_source",),
             slots={"data": "python_source"},

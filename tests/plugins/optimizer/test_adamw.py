@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dsplugins.contracts import DataOptions, Evaluate, Layout, Plan, RunOptions, Settings
+from dsplugins.contracts import DataOptions, Evaluate, Layout, Plan, RunOptions, Save, Settings
 
 NUMBERS = {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "weight_decay": 0.1}
 RATES = (1e-2, 2e-2, 5e-3, 1e-2, 1e-2)
@@ -364,6 +364,7 @@ def plan(**optimizer):
         data=DataOptions(seq_length=8),
         train=None,
         evaluate=Evaluate(),
+        save=Save(),
         run=RunOptions(),
         plugins=("adamw",),
         slots={"optimizer": "adamw"},

@@ -1,0 +1,105 @@
+"""When a run saves, and how it comes back: checkpoints of an assembly, in the background where asked."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from dsplugins.checkpoint import store
+from dsplugins.checkpoint.pieces import Piece, optimizer_steps, pieces, set_optimizer_steps
+from dsplugins.rundir import versions
+from dsplugins.step import Progress
+
+if TYPE_CHECKING:
+    from dsplugins.assemble import Assembly
+
+
+class Saver:
+    """Checkpoints of one run, in `folder`. Made on all ranks together."""
+
+    def __init__(self, run: Assembly, folder: Path) -> None:
+        self._run, self._folder, self._options = run, folder, run.plan.save
+        # A group of its own: a background save must not meet the loop's collectives on the wire.
+        self._group: Any = dist.new_group(backend="gloo")
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[store.Checkpoint] | None = None
+        self._saved_at = time.monotonic()
+        self._step = -1
+
+    def resume(self, fresh: bool = False) -> tuple[Progress, list[str]]:
+        """Fill the assembly from the newest good checkpoint; where the run stands, and what to tell.
+
+        Collective. Without a checkpoint the run stands at its start; `fresh` removes those that are there.
+        """
+        if self._run.rank == 0:
+            store.clear_partial(self._folder)
+            if fresh:
+                shutil.rmtree(self._folder, ignore_errors=True)
+        found, told = store.newest_good(self._folder, self._group)
+        if found is None:
+            return Progress(), told
+        store.load(found, self._pieces(), self._group)
+        facts = found.manifest()
+        set_optimizer_steps(self._run.chunks, self._run.optimizer, facts["optimizer_steps"])
+        self._step = found.step
+        return Progress(**facts["progress"]), [*told, f"resumed from {found.path}"]
+
+    def due(self, step: int) -> bool:
+        """Whether it is time to save after `step`; only rank 0's clock counts, for all."""
+        by_steps = bool(self._options.every) and step % self._options.every == 0
+        elapsed = time.monotonic() - self._saved_at
+        return by_steps or bool(self._options.minutes) and elapsed >= 60 * self._options.minutes
+
+    def save(self, progress: Progress) -> None:
+        """Save; in the background if the recipe says so. A failure of the last one is raised here."""
+        if progress.steps == self._step:
+            return
+        self.wait()
+        self._saved_at, self._step = time.monotonic(), progress.steps
+        facts = {
+            "progress": vars(progress),
+            "optimizer_steps": optimizer_steps(self._run.chunks, self._run.optimizer),
+            "layout": vars(self._run.plan.layout),
+            "versions": versions(),
+        }
+        held = self._pieces()
+        if self._options.asynchronous:
+            held = [replace(piece, data=piece.data.to("cpu", copy=True)) for piece in held if piece.main]
+            self._writing = self._writer.submit(self._write, progress.steps, held, facts)
+        else:
+            self._write(progress.steps, held, facts)
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong. On all ranks or on none."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def newest(self) -> Path | None:
+        """Path of the newest checkpoint that counts."""
+        found = store.finished(self._folder)
+        return found[0].path if found else None
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.wait()
+        self._writer.shutdown()
+
+    def _pieces(self) -> list[Piece]:
+        return pieces(self._run.chunks, self._run.optimizer)
+
+    def _write(self, step: int, held: Sequence[Piece], facts: dict[str, Any]) -> store.Checkpoint:
+        checkpoint = store.save(self._folder, step, held, facts, self._group)
+        if self._run.rank == 0:
+            store.prune(self._folder, self._options.keep, self._options.keep_every)
+        return checkpoint
+
+
+__all__ = ["Saver"]

@@ -1,0 +1,40 @@
+"""What a run has been asked for from outside: to save and stop (SIGTERM, SIGINT, SIGUSR1)."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Slurm, Kubernetes and our launcher send the first, `sbatch --signal=USR1` the second, Ctrl-C the third."""
+
+
+class Stopped(Exception):
+    """The run saved a checkpoint and stopped early, as it was asked to; exit code 75."""
+
+
+class Wishes:
+    """Signals since `heard` began; the step in progress is finished first."""
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        """Name of the signal that asked to stop."""
+
+    @contextmanager
+    def heard(self) -> Iterator[Wishes]:
+        """Meanwhile those signals are kept instead of ending the process; Ctrl-C a second time ends it."""
+        before = {number: signal.signal(number, self._keep) for number in STOPS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _keep(self, number: int, frame: object) -> None:
+        if self.stop is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = signal.Signals(number).name
+
+
+__all__ = ["STOPS", "Stopped", "Wishes"]

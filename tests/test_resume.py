@@ -1,0 +1,133 @@
+"""A run that was stopped goes on as if it had not been: the same numbers, no step twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parent / "tiny.yaml"
+SETUP = ["run.world_size=2", "parallel.expert=2", "train.steps=12", "evaluate.sequences=0", "save.every=3"]
+BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
+NUMBERS = ("step", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "max_vio", "learning_rate")
+
+
+def start(folder, name, *more):
+    line = [
+        sys.executable,
+        "-m",
+        "dsplugins",
+        "train",
+        str(TINY),
+        *SETUP,
+        *BF16,
+        f"run.directory={name}",
+        *more,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    said, _ = process.communicate(timeout=180)
+    return process.returncode, said
+
+
+def rows(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [{key: row[key] for key in NUMBERS} for row in map(json.loads, lines)]
+
+
+def status(folder, name):
+    return json.loads((folder / name / "status.json").read_text())
+
+
+def wait_for_step(folder, name, step, process):
+    file = folder / name / "metrics.jsonl"
+    while not (file.exists() and len(file.read_text().splitlines()) >= step):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def ranks_of(process):
+    """Process ids of the launcher's ranks."""
+    listed = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+    return [int(word) for word in listed.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody interrupts, and its rows."""
+    folder = tmp_path_factory.mktemp("runs")
+    code, said = finish(start(folder, "whole"))
+    assert code == 0, said
+    return folder, rows(folder, "whole")
+
+
+def test_checkpoints_are_there_and_the_old_ones_gone(whole):
+    folder, _ = whole
+    found = sorted(entry.name for entry in (folder / "whole" / "checkpoints").iterdir())
+    assert found == ["step-00000009", "step-00000012"]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(whole):
+    folder, expected = whole
+    process = start(folder, "asked")
+    wait_for_step(folder, "asked", 4, process)
+    process.send_signal(signal.SIGTERM)
+    code, said = finish(process)
+    assert code == 75, said
+    stopped = status(folder, "asked")
+    assert (
+        stopped["code"] == 75 and "SIGTERM" in stopped["reason"] and "checkpoints/step-" in stopped["reason"]
+    )
+    done = len(rows(folder, "asked"))
+    assert done < len(expected), "it was stopped too late to show anything"
+    code, said = finish(start(folder, "asked"))
+    assert code == 0 and f"resumed from asked/checkpoints/step-{done:08d}" in said, said
+    assert rows(folder, "asked") == expected
+    assert status(folder, "asked")["code"] == 0
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_only(whole):
+    folder, expected = whole
+    process = start(folder, "killed", "save.asynchronous=false")
+    wait_for_step(folder, "killed", 5, process)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    code, said = finish(process)
+    assert code == 128 + signal.SIGKILL or code == 1, said
+    assert "SIGKILL" in status(folder, "killed")["reason"]
+    # A line that was being written when the machine went down.
+    with (folder / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss"')
+    code, said = finish(start(folder, "killed", "save.asynchronous=false"))
+    assert code == 0 and "resumed from killed/checkpoints/step-" in said, said
+    assert rows(folder, "killed") == expected
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole):
+    folder, expected = whole
+    newest = folder / "whole" / "checkpoints" / "step-00000012"
+    data = sorted(newest.glob("__*"))[0]
+    data.write_bytes(data.read_bytes()[:-1])
+    (folder / "whole" / "run.json").unlink()
+    code, said = finish(start(folder, "whole"))
+    assert code == 0, said
+    assert f"{newest.relative_to(folder)} is damaged" in said
+    assert "resumed from whole/checkpoints/step-00000009" in said
+    assert rows(folder, "whole") == expected
+
+
+def test_fresh_starts_over(whole):
+    folder, expected = whole
+    code, said = finish(start(folder, "whole", "--fresh"))
+    assert code == 0 and "resumed" not in said, said
+    assert rows(folder, "whole") == expected
