@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsplugins.recipe import Recipe
 from dsplugins.schedules import Schedule, format_tokens, parse_tokens
 
 B, T = 10**9, 10**12
@@ -44,6 +45,18 @@ ORACLE = {
 def test_o8_the_report_s_schedules(moment):
     found = [Schedule.parse(raw).at(*moment) for raw in (LEARNING_RATE, BATCH, GAMMA, LAMBDA)]
     assert found == pytest.approx(ORACLE[moment], rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("moment", ORACLE)
+def test_o8_as_the_recipe_writes_them(moment):
+    """The 671B recipe's own text follows the report at each of these moments."""
+    recipe = Recipe.load("deepseek_v3/v3_671b.yaml")
+    train, plugins = recipe.sections["train"], recipe.plugins
+    written = [train["learning_rate"], train["global_batch"]]
+    written += [plugins["aux_free"]["update_rate"], plugins["mtp"]["weight"]]
+    found = [Schedule.parse(raw).at(*moment) for raw in written]
+    assert found == pytest.approx(ORACLE[moment], rel=1e-12, abs=0)
+    assert parse_tokens(train["tokens"]) == 14_800 * B
 
 
 def test_cosine_is_not_linear():
