@@ -1,0 +1,53 @@
+"""Numbers of README and the first run are those of the record that a command made."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from pages import DOCS, ROOT, Block, Command, blocks, name, prose, written
+
+RECORDED = re.compile(r"<!-- record: (\w+) -->\n```text\n(.*?)```", re.DOTALL)
+RECORDS = {file.stem: json.loads(file.read_text()) for file in sorted((DOCS / "records").glob("*.json"))}
+
+
+def excerpts():
+    """(page, record, lines) of every block that is said to have been printed."""
+    return [(page, *found) for page in written() for found in RECORDED.findall(page.read_text())]
+
+
+def test_the_quick_start_is_quoted():
+    assert {page for page, record, _ in excerpts() if record == "tiny_cpu"} == {
+        ROOT / "README.md",
+        DOCS / "first-run.md",
+    }
+
+
+@pytest.mark.parametrize(("page", "record", "lines"), excerpts())
+def test_excerpts_are_what_was_printed(page, record, lines):
+    quoted = Command(Block(page, 0, "text", lines), "", tuple(lines.splitlines()))
+    assert quoted.matches("\n".join(RECORDS[record]["results"]["printed"])) is None
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "first-run.md"], ids=name)
+def test_what_the_text_says_of_the_run_is_in_the_record(page):
+    record = RECORDS["tiny_cpu"]
+    said = prose(page)
+    seconds = re.findall(r"(\d+) seconds", said)
+    assert seconds and {int(number) for number in seconds} == {record["results"]["seconds"]}
+    assert all(date == record["date"] for date in re.findall(r"\d{4}-\d\d-\d\d", said))
+
+
+def test_the_record_is_the_run_that_the_issue_asks_for():
+    results = RECORDS["tiny_cpu"]["results"]
+    assert all(results["evaluation"]["loss"] < entropy for entropy in results["baselines"].values())
+    assert RECORDS["tiny_cpu"]["command"] == "bash launch/quickstart.sh"
+
+
+def test_blocks_of_numbers_say_where_they_come_from():
+    """A text block with a loss in it has a record."""
+    for page in written():
+        unsaid = [str(block) for block in blocks(page, "text") if re.search(r"loss \d\.\d", block.text)]
+        said = [lines for where, _, lines in excerpts() if where == page and re.search(r"loss \d\.\d", lines)]
+        assert len(unsaid) == len(said), f"<!-- record: NAME --> is missing before one of {unsaid}"
