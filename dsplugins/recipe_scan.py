@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsplugins.contracts import Problem
 
-SECTIONS = ("model", "parallel", "optimizer", "ddp", "data", "train", "evaluate", "save", "run", "init_from")
+SECTIONS = ("model", "parallel", "optimizer", "ddp", "data", "train", "evaluate", "save", "run")
 TOP = ("extends", "plugins", *SECTIONS)
 COMMAND_LINE = "command line"
 

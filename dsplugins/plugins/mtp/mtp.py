@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from dsplugins.contracts import Plan, Problem, Range, Settings
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class MtpOptions:
     """Options of mtp."""
 
-    weight: Schedule = field(default_factory=lambda: Schedule.constant(0.3))
+    weight: Annotated[Schedule, Range(0.0)] = Schedule.constant(0.3)
     """Lambda, what the MTP loss is multiplied by; V3: 0.3 for 10T tokens, then 0.1 (section 4.2)."""
     depth: Annotated[int, Range(1, None)] = 1
     """D, blocks in a chain, each predicting one token further; V3 has 1. The loss is their mean."""
