@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
 
+FILES = (
+    *("metrics.jsonl", "recipe.yaml", "recipe.resolved.yaml", "plugins.lock.json", "changes.jsonl"),
+    "run.json",
+)
 STOPPED = 75
 """Exit code of a rank that stopped early, as it was asked to: no failure."""
 
@@ -55,11 +59,6 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("rb") as file:
             return sum(1 for _ in file)
 
-    def same_recipe(self, recipe: Recipe) -> bool:
-        """Whether the run here was made from the same resolved recipe."""
-        file = self.path / "recipe.resolved.yaml"
-        return file.exists() and file.read_text() == recipe.resolved()
-
     def announce(self) -> None:
         """Make the folder, and replace an old `status.json`: a run that dies without a word has code null.
 
@@ -79,24 +78,37 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._clear()
-            (self.path / "recipe.yaml").write_text(recipe.as_given())
-            (self.path / "recipe.resolved.yaml").write_text(recipe.resolved())
-            lock = {"plugins": plugins.lock(), "versions": versions()}
-            (self.path / "plugins.lock.json").write_text(json.dumps(lock, indent=1, default=str) + "\n")
+            self._describe(recipe, plugins)
             (self.path / "metrics.jsonl").write_text("")
         except OSError as error:
             raise self._unfit(error) from error
         if (self.status() or {}).get("time", 0.0) < self._opened:  # torchrun has nobody to announce a run
             self.announce()
 
+    def go_on(self, recipe: Recipe, plugins: Plugins, step: int, changed: Sequence[str]) -> None:
+        """Rewind to `step` and note in `changes.jsonl` what is `changed` from there on."""
+        self._rewind(step)
+        if changed:
+            with (self.path / "changes.jsonl").open("a") as file:
+                noted = {"time": time.time(), "after_step": step, "changes": list(changed)}
+                file.write(json.dumps(noted) + "\n")
+        self._describe(recipe, plugins)
+
+    def _describe(self, recipe: Recipe, plugins: Plugins) -> None:
+        """What the run is made from."""
+        (self.path / "recipe.yaml").write_text(recipe.as_given())
+        (self.path / "recipe.resolved.yaml").write_text(recipe.resolved())
+        lock = {"plugins": plugins.lock(), "versions": versions()}
+        (self.path / "plugins.lock.json").write_text(json.dumps(lock, indent=1, default=str) + "\n")
+
     def _clear(self) -> None:
         """Remove the run that is here, and nothing else."""
-        for name in ("metrics.jsonl", "recipe.yaml", "recipe.resolved.yaml", "plugins.lock.json", "run.json"):
+        for name in FILES:
             (self.path / name).unlink(missing_ok=True)
         for name in ("plots", "tensorboard"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def rewind(self, step: int) -> None:
+    def _rewind(self, step: int) -> None:
         """Forget what was logged after `step`, and a last line that was not written whole."""
         file = self.path / "metrics.jsonl"
         kept = []

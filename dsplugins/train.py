@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import process_group
+from dsplugins import changes, process_group
 from dsplugins.contracts import Evaluation, RunEnd, Step, Train
 from dsplugins.plan import prepare
 from dsplugins.rundir import RunDirectory, versions
@@ -87,7 +87,9 @@ class Loop:
         """Where the run stands, with the state that belongs to it; what is to be seen first is shown."""
         progress, told = self.saver.resume(fresh)
         if self.leads and progress.steps:
-            self.directory.rewind(progress.steps)
+            changed = [str(change) for change in changes.since(self.directory.path, recipe, self.plugins)]
+            self.directory.go_on(recipe, self.plugins, progress.steps, changed)
+            told += (f"accepted: {change}" for change in changed)
         elif self.leads:
             self.directory.start(recipe, self.plugins)
         self.display.opening(self.plan, self.plugins, self._facts())

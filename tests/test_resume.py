@@ -131,3 +131,25 @@ def test_fresh_starts_over(whole):
     code, said = finish(start(folder, "whole", "--fresh"))
     assert code == 0 and "resumed" not in said, said
     assert rows(folder, "whole") == expected
+
+
+def test_a_changed_recipe_is_refused_with_the_difference_or_accepted_and_noted(whole):
+    folder, expected = whole
+    code, said = finish(start(folder, "whole", "train.steps=13", "optimizer.clip_grad=0.5"))
+    assert code == 3, said
+    assert "another train.steps: 12 -> 13" in said and "another optimizer.clip_grad: 1.0 -> 0.5" in said
+    assert said.count("--accept-changes") == 2 and rows(folder, "whole") == expected
+    changed = ["train.steps=13", "optimizer.clip_grad=0.5", "--accept-changes"]
+    code, said = finish(start(folder, "whole", *changed))
+    assert code == 0 and "accepted: train.steps: 12 -> 13" in said, said
+    assert rows(folder, "whole")[:12] == expected and len(rows(folder, "whole")) == 13
+    (noted,) = map(json.loads, (folder / "whole" / "changes.jsonl").read_text().splitlines())
+    assert noted["after_step"] == 12 and "optimizer.clip_grad: 1.0 -> 0.5" in noted["changes"]
+
+
+def test_diff_tells_two_runs_apart(whole):
+    folder, _ = whole
+    line = [sys.executable, "-m", "dsplugins", "diff", "whole", "asked"]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert set(done.stdout.splitlines()) == {"train.steps: 13 -> 12", "optimizer.clip_grad: 0.5 -> 1.0"}

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "Train a recipe.",
     "check": "Build a recipe's stages without memory, count parameters, find what is wrong.",
     "explain": "Show every effective value of a recipe with its origin, and who owns each slot.",
+    "diff": "Show how two runs were made differently.",
     "plugins": "List installed plugins, or show one.",
     "recipes": "List shipped recipes.",
     "experiment": "Run an experiment that leaves a record.",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 if TYPE_CHECKING:
+    from dsplugins.contracts import Plan
+    from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
     from dsplugins.rundir import RunDirectory
 
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
 @click.option("--fresh", is_flag=True, help="Start over in the recipe's run directory.")
-def command(recipe: str, overrides: tuple[str, ...], fresh: bool) -> None:
+@click.option("--accept-changes", is_flag=True, help="Go on although recipe or plugins have changed.")
+def command(recipe: str, overrides: tuple[str, ...], fresh: bool, accept_changes: bool) -> None:
     """Train RECIPE; overrides are dot keys, such as train.steps=10.
+
+    An unfinished run goes on from its newest good checkpoint: give the same command again.
 
     Outside torchrun, starts `run.world_size` processes on this machine. Inside (`torchrun ... -m
     dsplugins train RECIPE`), each process is one rank.
@@ -29,22 +34,22 @@ def command(recipe: str, overrides: tuple[str, ...], fresh: bool) -> None:
     rank.end_with_launcher()
     loaded = Recipe.load(recipe, overrides)
     if rank.inside_torchrun():
-        _one_rank(loaded, fresh)
+        _one_rank(loaded, fresh, accept_changes)
     else:
         again = ["--fresh"] if fresh else []
-        _all_ranks(loaded, ["train", *again, recipe, *overrides], fresh)
+        _all_ranks(loaded, ["train", *again, recipe, *overrides], fresh, accept_changes)
 
 
-def _one_rank(recipe: Recipe, fresh: bool) -> None:
+def _one_rank(recipe: Recipe, fresh: bool, accept: bool) -> None:
     """This rank's part. However it fails, `status.json` tells, in every run whose directory is known."""
     from dsplugins import rank
-    from dsplugins.plan import run_directory
+    from dsplugins.plan import prepare, run_directory
     from dsplugins.rundir import RunDirectory
 
     path = run_directory(recipe)
     run = RunDirectory(path) if path else None
     try:
-        if run and not rank.has_launcher() and _complete(run, recipe, fresh):
+        if run and not rank.has_launcher() and _complete(run, recipe, prepare(recipe)[0], fresh, accept):
             return
         from dsplugins.train import train
 
@@ -76,14 +81,14 @@ def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
     exits.leave(code, f"{reason} (rank {stands['rank']} had failed before)")
 
 
-def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool) -> None:
+def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) -> None:
     """Start the ranks on this machine and wait for them; their code is this process's."""
     from dsplugins.cli import exits
     from dsplugins.rundir import RunDirectory
 
-    world_size, path = _prepare(recipe)
-    run = RunDirectory(path)
-    if _complete(run, recipe, fresh):
+    plugins, plan = _prepare(recipe)
+    world_size, run = plan.run.world_size, RunDirectory(Path(plan.run.directory))
+    if _complete(run, recipe, plugins, fresh, accept):
         return
     from dsplugins.launcher import run_local
 
@@ -100,7 +105,7 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool) -> None:
     raise SystemExit(status["code"])
 
 
-def _prepare(recipe: Recipe) -> tuple[int, Path]:
+def _prepare(recipe: Recipe) -> tuple[Plugins, Plan]:
     """Every problem that can be found without importing torch is found before a process is started."""
     from dsplugins.contracts import RecipeError
     from dsplugins.plan import survey
@@ -109,26 +114,34 @@ def _prepare(recipe: Recipe) -> tuple[int, Path]:
     plugins, plan, problems = survey(recipe)
     if plugins and plan and plan.layout.data > 0:  # else plugins would be asked about a layout that can't be
         problems += ledger(plan, plugins, recipe).problems
-    if problems or not plan:
+    if problems or plugins is None or plan is None:
         raise RecipeError(recipe.located(problems))
-    return plan.run.world_size, Path(plan.run.directory)
+    return plugins, plan
 
 
-def _complete(run: RunDirectory, recipe: Recipe, fresh: bool) -> bool:
-    """Whether there is nothing left to do; refuses to overwrite a run of another recipe."""
-    from dsplugins import rank
-    from dsplugins.contracts import EnvironmentUnfit
+def _complete(run: RunDirectory, recipe: Recipe, plugins: Plugins, fresh: bool, accept: bool) -> bool:
+    """Whether there is nothing left to do.
+
+    Raises RecipeError with every difference where the run was made from another recipe or other plugins,
+    unless `accept`; the loop records those.
+    """
+    from dsplugins import changes, rank
+    from dsplugins.contracts import Problem, RecipeError
 
     if fresh or not run.begun():
         return False
-    if not run.same_recipe(recipe):
-        raise EnvironmentUnfit(
-            f"{run.path} holds a run of another recipe: --fresh starts over, run.directory=... beside"
+    differences = changes.since(run.path, recipe, plugins)
+    if differences and not accept:
+        remedy = "--accept-changes goes on with it, --fresh starts over, run.directory=... begins beside it"
+        raise RecipeError(
+            recipe.located(
+                Problem(f"{run.path} holds a run with another {each}", each.key, remedy)
+                for each in differences
+            )
         )
-    speaks = not rank.number()
-    if run.complete():
-        if speaks:
-            run.end(0, "complete", steps=run.steps())
-            click.echo(f"{run.path}: this run is complete ({run.steps()} steps); --fresh starts it over")
-        return True
-    return False
+    if differences or not run.complete():
+        return False
+    if not rank.number():
+        run.end(0, "complete", steps=run.steps())
+        click.echo(f"{run.path}: this run is complete ({run.steps()} steps); --fresh starts it over")
+    return True

@@ -1,0 +1,79 @@
+"""What differs between two runs, or between a run and what is about to go on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+if TYPE_CHECKING:
+    from dsplugins.manager import Plugins
+    from dsplugins.recipe import Recipe
+
+ABSENT = "absent"
+IGNORED = ("run.directory",)
+"""Where a run lies is not what it is."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key with two values."""
+
+    key: str
+    before: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} -> {self.now}"
+
+
+def of_run(path: Path) -> dict[str, str]:
+    """Everything that a run directory says of how its run was made: `key -> value`, flat.
+
+    Raises FileNotFoundError where there is no run.
+    """
+    resolved: Any = OmegaConf.to_container(OmegaConf.load(path / "recipe.resolved.yaml"), resolve=False)
+    lock = json.loads((path / "plugins.lock.json").read_text())
+    versions = {f"versions.{name}": version for name, version in lock["versions"].items()}
+    return dict(_flat(resolved)) | _sources(lock["plugins"]) | versions
+
+
+def between(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
+    """Keys whose values differ, sorted; a key that is on one side only is `absent` on the other."""
+    keys = sorted({*before, *now} - set(IGNORED))
+    pairs = ((key, before.get(key, ABSENT), now.get(key, ABSENT)) for key in keys)
+    return [Change(key, old, new) for key, old, new in pairs if old != new]
+
+
+def since(path: Path, recipe: Recipe, plugins: Plugins) -> list[Change]:
+    """What of recipe and plugins has changed since the run in `path` was started.
+
+    Versions of Python, torch and megatron-core are left out: `dsplugins diff` shows those.
+    """
+    resolved: Any = OmegaConf.to_container(OmegaConf.create(recipe.resolved()), resolve=False)
+    now = dict(_flat(resolved)) | _sources(plugins.lock())
+    before = {key: value for key, value in of_run(path).items() if not key.startswith("versions.")}
+    return between(before, now)
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    elif key:
+        yield key, json.dumps(value)
+
+
+def _sources(lock: list[dict[str, Any]]) -> dict[str, str]:
+    """Where each plugin comes from."""
+    return {
+        f"plugins.{item['name']} (from)": f"{item['distribution']} {item['version']} {item['class']}"
+        for item in lock
+    }
+
+
+__all__ = ["ABSENT", "Change", "between", "of_run", "since"]
