@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dsplugins import changes, process_group
 from dsplugins.contracts import Evaluation, RunEnd, Step, Train
 from dsplugins.plan import prepare
+from dsplugins.quiet import quiet
 from dsplugins.rundir import RunDirectory, versions
 from dsplugins.show import Display
 from dsplugins.wishes import Stopped, Wishes
@@ -30,6 +31,7 @@ def train(recipe: Recipe, fresh: bool = False) -> None:
 
     Expects torchrun's environment variables. Raises Stopped when a signal ended the run early.
     """
+    quiet()
     plugins, plan = prepare(recipe)
     process_group.right_world(plan)
     display = Display(speaks=os.environ.get("RANK", "0") == "0")

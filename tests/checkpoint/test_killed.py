@@ -1,0 +1,77 @@
+"""A process that is killed at any instant of a save leaves the last finished checkpoint, whole."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import textwrap
+
+KILLS = 20
+CHILD = """
+    import os, signal, sys, time
+    from pathlib import Path
+    import torch
+    import torch.distributed as dist
+    from dsplugins.checkpoint import store
+    from dsplugins.checkpoint.pieces import Piece
+
+    folder = Path(sys.argv[1])
+
+    def world():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return dist.group.WORLD
+
+    def held(step):
+        rows = torch.full((400, 500), float(step))
+        return [Piece(f"weights/{i}", (400, 500), (0, 0), rows, True) for i in range(5)]
+
+    def save_for_ever(write):
+        group, step = world(), 0
+        found, damaged = store.newest_good(folder, group)
+        assert not damaged, damaged
+        if found:
+            step = found.step
+            into = held(-1)
+            store.load(found, into, group)
+            assert all((piece.data == step).all() for piece in into), "it holds another step's values"
+        store.clear_partial(folder)
+        os.write(write, b"%d " % step)
+        while True:
+            step += 1
+            store.save(folder, step, held(step), {"step": step}, group)
+            store.prune(folder, keep=2, keep_every=0)
+
+    # Importing takes seconds: one process imports, and each of its children saves until it is killed.
+    for delay in map(float, sys.argv[2:]):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            try:
+                save_for_ever(write)
+            except BaseException as error:
+                os.write(write, repr(error).encode())
+                os._exit(1)
+        os.close(write)
+        began = os.read(read, 4096)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        print(began.decode() + os.read(read, 4096).decode())
+        os.close(read)
+"""
+
+
+def test_killed_at_random_instants_of_a_save(tmp_path):
+    chance = random.Random(20)
+    delays = [f"{chance.uniform(0.0, 0.15):.4f}" for _ in range(KILLS)]
+    line = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), *delays]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == KILLS and all(word.strip().isdigit() for word in said), said
+    steps = [int(word) for word in said]
+    assert steps == sorted(steps), "a finished checkpoint was lost"
+    assert steps[-1] > 0, "no save was ever finished: the test shows nothing"
+    assert list(tmp_path.glob("*.partial")) or steps[-1] > KILLS, "no save was ever interrupted"
