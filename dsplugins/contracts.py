@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-CONTRACT = (1, 0)
+CONTRACT = (1, 1)
 """Version of this contract: (major, minor). A plugin class may say `contract = ">=1.0,<2"`."""
 
 SLOTS = (
@@ -134,6 +134,9 @@ class Train:
     """Of weights and data order."""
     log_every: int = 10
     """Steps between two printed lines; `metrics.jsonl` has every step."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite stops the run, with a dump in the run directory, or costs this
+    step's update only; `skip` looks at all gradients before each update."""
 
 
 @dataclass(frozen=True)

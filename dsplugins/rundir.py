@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FILES = (
     *("metrics.jsonl", "recipe.yaml", "recipe.resolved.yaml", "plugins.lock.json", "changes.jsonl"),
-    "run.json",
+    *("built.json", "run.json"),
 )
 STOPPED = 75
 """Exit code of a rank that stopped early, as it was asked to: no failure."""
@@ -105,7 +105,7 @@ class RunDirectory:
         """Remove the run that is here, and nothing else."""
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
-        for name in ("plots", "tensorboard"):
+        for name in ("plots", "tensorboard", "not_finite"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _rewind(self, step: int) -> None:
@@ -124,6 +124,10 @@ class RunDirectory:
         partial.write_text("".join(kept))
         os.replace(partial, file)
         (self.path / "run.json").unlink(missing_ok=True)
+
+    def note(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write a JSON file of the run."""
+        (self.path / name).write_text(json.dumps(facts, indent=1) + "\n")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one step to `metrics.jsonl`."""

@@ -13,6 +13,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 
 from dsplugins.batches import forward_step, micro_batches
 from dsplugins.contracts import Step
+from dsplugins.not_finite import gradients_finite
 from dsplugins.routers import max_vio
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def take_step(run: Assembly, progress: Progress) -> Step:
     _set(run, rate, scheduled)
     losses = _forward_backward(run, progress.sequences, batch // unit)
     run.plugins.event("ds_grads_ready", step=progress.steps + 1, chunks=run.chunks)
-    updated, norm, _ = run.optimizer.step()
+    updated, norm = _update(run)
     sums = _sums(run, losses, batch // unit)
     run.platform.synchronize()
     return Step(
@@ -103,6 +104,14 @@ def _forward_backward(run: Assembly, first: int, count: int) -> list[dict[str, t
         micro_batch_size=train.micro_batch,
         forward_only=False,
     )
+
+
+def _update(run: Assembly) -> tuple[bool, float | None]:
+    """The optimizer's step: (whether it was taken, gradient norm before clipping)."""
+    if run.plan.train.not_finite == "skip" and not gradients_finite(run):
+        return False, None
+    updated, norm, _ = run.optimizer.step()
+    return updated, norm
 
 
 def _sums(run: Assembly, losses: Sequence[dict[str, torch.Tensor]], count: int) -> Sums:

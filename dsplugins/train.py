@@ -6,9 +6,9 @@ and at most once a step after it.
 
 from __future__ import annotations
 
-import json
 import os
 import time
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ class Loop:
                 progress = progress.after(step.global_batch)
                 over = _over(self.plan.train, step.step, step.tokens)
                 self._report(step, over)
+                self._refuse_not_finite(step)
                 self._save(progress, wishes.stop, over)
                 every = self.plan.evaluate.every
                 if every and step.step % every == 0 and not over:
@@ -87,6 +88,8 @@ class Loop:
 
     def _begin(self, recipe: Recipe, fresh: bool) -> Progress:
         """Where the run stands, with the state that belongs to it; what is to be seen first is shown."""
+        from dsplugins.audit import describe_run
+
         progress, told = self.saver.resume(fresh)
         if self.leads and progress.steps:
             changed = [str(change) for change in changes.since(self.directory.path, recipe, self.plugins)]
@@ -94,10 +97,28 @@ class Loop:
             told += (f"accepted: {change}" for change in changed)
         elif self.leads:
             self.directory.start(recipe, self.plugins)
-        self.display.opening(self.plan, self.plugins, self._facts())
+        facts = self._facts()
+        built = [vars(kind) for kind in describe_run(self.assembly.settings.model, self.assembly.chunks)]
+        if self.leads:
+            self.directory.note("built.json", {**facts, "layers": built})
+        self.display.opening(self.plan, self.plugins, facts)
         for line in told:
             self.display.say(line)
         return progress
+
+    def _refuse_not_finite(self, step: Step) -> None:
+        """Raise NotFinite, with a dump of every rank, unless the recipe says to skip such steps."""
+        from dsplugins import not_finite
+
+        if self.plan.train.not_finite == "skip" or not_finite.is_finite(step):
+            return
+        folder = self.directory.path / "not_finite" / f"step-{step.step:08d}"
+        not_finite.dump(self.assembly, step, folder)
+        self.saver.close()
+        raise not_finite.NotFinite(
+            f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}; see {folder}; "
+            f"last good checkpoint: {self.saver.newest() or 'none'}"
+        )
 
     def _save(self, progress: Progress, asked: str | None, over: bool) -> None:
         """Save where it is time to, on all ranks together; stop where one of them was asked to."""
@@ -159,7 +180,7 @@ class Loop:
             for name, shown in self.plugins.event("ds_run_end", end=end):
                 for key, value in (shown or {}).items():
                     self.display.say(f"{name}: {key}: {value}")
-            (path / "run.json").write_text(json.dumps(self._summary(completion), indent=1) + "\n")
+            self.directory.note("run.json", self._summary(completion))
             self.directory.end(0, "complete", steps=done)
             self.display.say(f"done: {done} steps, everything is in {path}")
         torch.distributed.barrier()
@@ -190,8 +211,8 @@ class Loop:
 
 
 def as_row(step: Step, seq_length: int) -> dict[str, Any]:
-    """A step as `metrics.jsonl` holds it; null where the model has no such thing."""
-    return {
+    """A step as `metrics.jsonl` holds it; null where the model has no such thing, or no finite one."""
+    row = {
         "step": step.step,
         "time": time.time(),
         "tokens": step.tokens,
@@ -207,6 +228,9 @@ def as_row(step: Step, seq_length: int) -> dict[str, Any]:
         "tokens_per_second": step.global_batch * seq_length / step.seconds,
         "step_seconds": step.seconds,
         "skipped": step.skipped,
+    }
+    return {
+        key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
     }
 
 

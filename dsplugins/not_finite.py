@@ -1,0 +1,76 @@
+"""A loss or gradient that is not finite: noticed on all ranks together, with what helps to find out why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsplugins import optimizer_groups
+
+if TYPE_CHECKING:
+    from dsplugins.assemble import Assembly
+    from dsplugins.contracts import Step
+
+
+class NotFinite(RuntimeError):
+    """The run stopped because of it. What was saved before is good."""
+
+
+def gradients_finite(run: Assembly) -> bool:
+    """Whether all gradients are finite on all ranks: one pass over them and one small all-reduce."""
+    sums = [buffer.grad_data.sum() for chunk in run.chunks for buffer in _buffers(chunk)]
+    finite = torch.stack([value.float() for value in sums]).isfinite().all()
+    bad = (~finite).to(torch.int32)
+    torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+    return not bool(bad)
+
+
+def is_finite(step: Step) -> bool:
+    """Whether a step's loss and gradient norm are; the same answer on every rank."""
+    numbers = (step.loss, step.mtp_loss, step.grad_norm)
+    return all(number is None or math.isfinite(number) for number in numbers)
+
+
+def dump(run: Assembly, step: Step, folder: Path) -> Path:
+    """Write `folder/rank-R.json`: the step, its samples, and this rank's parameters with such gradients."""
+    folder.mkdir(parents=True, exist_ok=True)
+    length = run.plan.data.seq_length
+    last = step.tokens // length
+    facts = {
+        "step": step.step,
+        "loss": str(step.loss),
+        "mtp_loss": str(step.mtp_loss),
+        "grad_norm": str(step.grad_norm),
+        "learning_rate": step.learning_rate,
+        "scheduled": dict(step.scheduled),
+        "training_samples": [last - step.global_batch, last],
+        "gradients_not_finite": _bad_gradients(run.chunks),
+        "weights_not_finite": _bad_weights(run.chunks),
+    }
+    path = folder / f"rank-{run.rank}.json"
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    return path
+
+
+def _buffers(chunk: Any) -> Sequence[Any]:
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _bad_gradients(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    """Names of parameters whose gradient, as this rank holds it, is not finite."""
+    names = optimizer_groups.parameter_names(chunks)
+    grads = ((name, getattr(parameter, "main_grad", None)) for parameter, name in names.items())
+    return [name for name, grad in grads if grad is not None and not bool(grad.isfinite().all())]
+
+
+def _bad_weights(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    names = optimizer_groups.parameter_names(chunks)
+    return [name for parameter, name in names.items() if not bool(parameter.isfinite().all())]
+
+
+__all__ = ["NotFinite", "dump", "gradients_finite", "is_finite"]
