@@ -6,6 +6,15 @@ one owner and return a part; *events* may have many listeners and return what th
 
 No hook runs inside forward or backward: slots are resolved once, before training; events run at most
 once a step. Import torch and megatron inside hook bodies, never at the top of the module.
+
+A plugin's class may also declare, as plain attributes:
+
+- `Options`, a dataclass: what a recipe may set below its name.
+- `contract`, the versions of this contract that it works with: `">=1.0,<2"`.
+- `requires` and `conflicts`, names of plugins or slots.
+- `env`, environment variables that it needs: `{"NAME": "value"}`.
+- `stand_in`, for a plugin whose parts can't be made without a library or a GPU: the name of another plugin
+  of its slot whose parts have the same parameters. `dsplugins check` builds with that one; a run never does.
 """
 
 from __future__ import annotations
@@ -61,6 +70,16 @@ def ds_settings(plan: Plan) -> Mapping[str, object]:
 @hookspec
 def ds_check(plan: Plan, settings: Settings) -> Iterable[Problem]:
     """Event. What is wrong with this plan, found without a device: sizes, ranges, conflicts."""
+    raise NotImplementedError
+
+
+@hookspec
+def ds_check_built(plan: Plan, stages: Sequence[Sequence[torch.nn.Module]]) -> Iterable[Problem]:
+    """Event. What is wrong with this plan, seen from the whole model. Called by `dsplugins check` only.
+
+    `stages` holds the model chunks of one rank of each pipeline stage, bare, on the meta device: names and
+    shapes of parameters, no values.
+    """
     raise NotImplementedError
 
 

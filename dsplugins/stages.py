@@ -61,6 +61,8 @@ class Found:
     counts: counts.Counts = counts.Counts()
     """Of the whole model."""
     problems: list[Problem] = field(default_factory=list)
+    chunks: list[Sequence[torch.nn.Module]] = field(default_factory=list)
+    """Of each stage."""
 
 
 def build_all(recipe: Recipe, plan: Plan, plugins: Plugins) -> Found:
@@ -78,9 +80,12 @@ def build_all(recipe: Recipe, plan: Plan, plugins: Plugins) -> Found:
             found.problems += map(difference, audit.of_stage(stage))
             found.counts += counts.of_stage(stage.chunks)
             found.rows += _rows(number, stage)
+            found.chunks.append(stage.chunks)
             standing += names(stage.settings.model, stage.chunks)
             settled = stage.settings
     found.problems += map(difference, misplaced(plan, settled, standing))
+    for _, problems in plugins.event("ds_check_built", plan=plan, stages=found.chunks):
+        found.problems += problems or ()
     return found
 
 

@@ -90,6 +90,18 @@ class AdamW:
         if self.options.moments == "bf16":
             yield from self._bf16_problems(settings.optimizer)
 
+    @hookimpl
+    def ds_check_built(self, stages: Sequence[Sequence[torch.nn.Module]]) -> Iterable[Problem]:
+        """Entries of `no_decay` that no parameter of the model is named like."""
+        from dsplugins.plugins.optimizer.build import idle
+
+        for entry in sorted(idle(self.options.no_decay, [chunk for chunks in stages for chunk in chunks])):
+            yield Problem(
+                f"plugins.adamw.no_decay: no parameter is named like {entry!r}",
+                key="plugins.adamw.no_decay",
+                remedy="a shell pattern on names such as decoder.layers.0.mlp.router.weight, or vectors",
+            )
+
     def _bf16_problems(self, config: OptimizerConfig) -> Iterable[Problem]:
         if self.options.fused:
             yield Problem(

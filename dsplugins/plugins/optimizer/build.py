@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -105,13 +105,18 @@ def _refuse_contradictions(
 
 
 def _refuse_idle_patterns(no_decay: Sequence[str], chunks: Sequence[torch.nn.Module]) -> None:
-    """A pattern that fits nothing on any rank is a typing error. `vectors` may fit nothing."""
-    named = [item for chunk in chunks for item in chunk.named_parameters()]
-    used = {entry for entry in no_decay if any(_fits(entry, p, name) for name, p in named)} | {"vectors"}
+    """A pattern that fits nothing on any rank is a typing error."""
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, used)
-    if idle := set(no_decay).difference(*everywhere):
-        raise ValueError(f"plugins.adamw.no_decay: no parameter is named like {sorted(idle)}")
+    torch.distributed.all_gather_object(everywhere, idle(no_decay, chunks))
+    if unused := set.intersection(*everywhere):
+        raise ValueError(f"plugins.adamw.no_decay: no parameter is named like {sorted(unused)}")
+
+
+def idle(no_decay: Sequence[str], chunks: Iterable[torch.nn.Module]) -> set[str]:
+    """Entries of `no_decay` that fit no parameter of `chunks`; `vectors` may fit none."""
+    named = [item for chunk in chunks for item in chunk.named_parameters()]
+    used = {entry for entry in no_decay if any(_fits(entry, p, name) for name, p in named)}
+    return set(no_decay) - used - {"vectors"}
 
 
 def _gloo_groups_exist() -> bool:
