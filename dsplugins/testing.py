@@ -292,7 +292,10 @@ def model_parallel(
 
 @contextlib.contextmanager
 def temporary_groups() -> Iterator[None]:
-    """Destroy megatron-core's groups, and every process group made inside, on leaving."""
+    """On leaving, destroy megatron-core's groups and every process group made inside.
+
+    What core keeps for the whole process, in the shape of the last run, is forgotten too.
+    """
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -303,6 +306,16 @@ def temporary_groups() -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         for group in set(dist.distributed_c10d._world.pg_map) - before:
             dist.destroy_process_group(group)
+        _forget()
+
+
+def _forget() -> None:
+    """MTP's losses of an unfinished step, and the scale of balance losses."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker.clear()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 # -- fixtures -------------------------------------------------------------------------------------

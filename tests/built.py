@@ -13,8 +13,6 @@ TINY = Path(__file__).parent / "tiny.yaml"
 def tiny_model(*overrides, recipe=TINY):
     """(plan, settings, plugins, bare chunks with initial weights) in this worker's world."""
     import torch
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from dsplugins import model, settings, weights
     from dsplugins.plan import prepare
@@ -22,9 +20,6 @@ def tiny_model(*overrides, recipe=TINY):
     from dsplugins.testing import temporary_groups
 
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
-    # What core keeps for the whole process, in the shape of the first run.
-    MTPLossLoggingHelper.tracker.clear()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     loaded = Recipe.load(recipe, [*overrides, f"run.world_size={torch.distributed.get_world_size()}"])
     plugins, plan = prepare(loaded)
     settled = settings.settle(plan, plugins, loaded)

@@ -15,8 +15,6 @@ TINY = Path(__file__).parent / "tiny.yaml"
 def assembled(overrides: list[str], recipe: str = str(TINY)) -> Iterator[Any]:
     """The assembly of a run in this worker's world; core's groups are gone afterwards."""
     import torch
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from dsplugins.assemble import assemble
     from dsplugins.plan import prepare
@@ -25,9 +23,6 @@ def assembled(overrides: list[str], recipe: str = str(TINY)) -> Iterator[Any]:
 
     world = torch.distributed.get_world_size()
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(torch.distributed.get_rank())}
-    # What core keeps for the whole process, in the shape of the first run.
-    MTPLossLoggingHelper.tracker.clear()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
     plugins, plan = prepare(loaded)
     with temporary_groups():

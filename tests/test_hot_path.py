@@ -83,7 +83,6 @@ def counting(calls: Calls) -> Iterator[None]:
 def run(folder: str, overrides: list[str]) -> Calls:
     """`dsplugins train` of the tiny recipe on this worker's ranks."""
     import torch
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from dsplugins.recipe import Recipe
     from dsplugins.testing import temporary_groups
@@ -91,7 +90,6 @@ def run(folder: str, overrides: list[str]) -> Calls:
 
     world = torch.distributed.get_world_size()
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(torch.distributed.get_rank())}
-    MTPLossLoggingHelper.tracker.clear()
     calls = Calls()
     where = [f"run.world_size={world}", f"run.directory={folder}"]
     recipe = Recipe.load(TINY, [*EVENTS, "evaluate.sequences=2", *overrides, *where])

@@ -28,12 +28,17 @@ BY_NAME: Mapping[str, str] = {
 
 
 def differences(run: Standing) -> Iterable[str]:
-    """Fields that were changed, have no effect, or that megatron-core takes without knowing the word."""
-    settings, config = run.settings, run.settings.model
+    """Fields that were changed or have no effect, and formats without the library behind them."""
     yield from _held(run)
-    yield from _chosen_by_name(settings, run.plan.slots)
+    yield from ignored(run.settings, run.plan.slots)
+    yield from _formats(run.settings.model)
+
+
+def ignored(settings: Settings, slots: Mapping[str, str]) -> Iterable[str]:
+    """Wishes without effect, or of corrupting effect, on any machine; `slots` is slot -> owner."""
+    config = settings.model
+    yield from _chosen_by_name(settings, slots)
     yield from _balance(settings)
-    yield from _formats(config)
     yield from _messages(config)
     if config.moe_router_enable_expert_bias:
         yield "moe_router_enable_expert_bias is set: biases would be updated twice"

@@ -22,7 +22,6 @@ ASKED = {
     "model.moe_grouped_gemm=True has no effect: sequential decides": ["model.moe_grouped_gemm=true"],
     "model.qk_l2_norm=True has no effect: mla decides": ["model.qk_l2_norm=true"],
     "recompute_modules=['mla_up_proj'] has no effect": ["model.recompute_modules=[mla_up_proj]"],
-    "model.mtp_num_layers=1 but no plugin fills the slot mtp": ["plugins.mtp=null", "model.mtp_num_layers=1"],
 }
 
 
@@ -69,6 +68,10 @@ WRITTEN: dict[str, tuple[int, list[str], str, dict[str, Any]]] = {
     "moe_aux_loss_coeff=0.0001 has no effect": (
         *(1, [], "AuxFree"),
         {"moe_router_load_balancing_type": "none"},
+    ),
+    "model.mtp_num_layers=1 but no plugin fills the slot mtp": (
+        *(1, ["plugins.mtp=null"], "AuxFree"),
+        {"mtp_num_layers": 1},
     ),
     "balances nothing: nobody gave moe_aux_loss_coeff": (1, [], "AuxFree", {"moe_aux_loss_coeff": None}),
     "mtp fills the slot mtp but model.mtp_num_layers is not set": (1, [], "Mtp", {"mtp_num_layers": None}),
@@ -122,7 +125,7 @@ def test_yarn_itself_is_fine(workers):
     assert workers(1).run(yarn)[0] == []
 
 
-# -- by hand: what no recipe and no plugin here can bring about ------------------------------------
+# -- by hand: what no recipe and no plugin here brings about ------------------------------------
 
 
 def spoil(run: Any, **changes: Any) -> None:
@@ -155,6 +158,7 @@ def test_what_is_not_held(workers, said):
 # -- refused before anything is built --------------------------------------------------------------
 
 REFUSED = {
+    "slot mtp is empty": ["plugins.mtp=null", "model.mtp_num_layers=1"],
     "model.rotary_scaling_factor has two writers": ["model.rotary_scaling_factor=40"],
     "model.mscale_all_dim is not given": ["model.rope_type=yarn", "model.rotary_scaling_factor=40"],
     "model.mla_down_proj_fusion is ignored by mla": ["model.mla_down_proj_fusion=true"],
