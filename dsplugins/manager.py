@@ -291,9 +291,11 @@ def _ownership(chosen: Sequence[Chosen]) -> Iterable[Problem]:
 def _empty_slots(
     recipe: Recipe, chosen: Sequence[Chosen], everyone: Sequence[Offer], failed: set[str]
 ) -> Iterable[Problem]:
-    needed = list(REQUIRED)
-    if recipe.sections.get("model", {}).get("num_moe_experts"):
+    needed, model = list(REQUIRED), recipe.sections.get("model", {})
+    if model.get("num_moe_experts"):
         needed += REQUIRED_BY_MOE
+    if model.get("mtp_num_layers"):
+        needed.append("mtp")
     filled = {item.slot for item in chosen}
     # A plugin that was named but is broken is one problem, not two.
     filled |= {offer.slot for offer in everyone if offer.name in failed}

@@ -46,9 +46,9 @@ class Recipe:
     def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe at `path`, or the shipped one of that name.
 
-        Raises RecipeError with every problem where one of them makes the text unfit to merge: not YAML,
-        a key given twice, a resolver, a reference or an extends that leads nowhere. What else is wrong is
-        in `problems`.
+        Raises RecipeError with every problem where one of them leaves nothing to go on with: not YAML, a
+        tag or an alias, an extends that leads nowhere. What else is wrong is in `problems`, and left out: a
+        key given twice, a resolver, a reference that leads nowhere.
         """
         reader = Reader()
         file = find(Path(path), reader.problems)
@@ -57,9 +57,8 @@ class Recipe:
         for text in overrides:
             reader.override(text)
         merged = reader.merge()
-        mergeable = len(reader.problems)
         plugins, removed, sections = settle(merged, reader)
-        if merged is None or file is None or len(reader.problems) > mergeable:
+        if merged is None or file is None:
             raise RecipeError(reader.problems)
         given = reader.texts[file.resolve()]
         return Recipe(

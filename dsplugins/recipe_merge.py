@@ -26,6 +26,7 @@ from dsplugins.recipe_scan import (
     extended,
     is_null,
     one_line,
+    prune,
     scan,
     shown_path,
     top_faults,
@@ -80,7 +81,7 @@ class Reader:
         text, root = compose_file(path, shown, self.problems)
         self.texts[here] = text
         if root is None:
-            self._layers.append(Layer(None, {}, []))
+            self._layers.append(Layer(None, {}, [], []))
             return
         layer = self._layer(root, lambda node: f"{shown}:{node.start_mark.line + 1}")
         known = len(self.problems)
@@ -126,20 +127,19 @@ class Reader:
         self._add(self._layer(node, lambda node: COMMAND_LINE))
 
     def _layer(self, root: yaml.MappingNode, label: Callable[[yaml.Node], str]) -> Layer:
-        layer = Layer(None, {}, [])
+        layer = Layer(None, {}, [], [])
         self.problems += top_faults(root, label)
-        unfit = list(scan(root, "", label, layer))
-        self.problems += unfit
-        if not unfit:
-            try:
-                values: dict[str, Any] = Loader("").construct_document(root)
-            except (yaml.YAMLError, ValueError) as error:
-                said = f"a value can't be read: {one_line(error)}"
-                self.problems.append(Problem(said, "", "quote it", label(root)))
-            else:
-                # A heading with nothing below it says nothing; only plugins are removed by null.
-                # What should be a mapping and is none has been told above.
-                layer.values = {k: v for k, v in values.items() if isinstance(v, dict)}
+        self.problems += scan(root, "", label, layer)
+        prune(root, layer.unfit)
+        try:
+            values: dict[str, Any] = Loader("").construct_document(root)
+        except (yaml.YAMLError, ValueError) as error:
+            said = f"a value can't be read: {one_line(error)}"
+            self.problems.append(Problem(said, "", "quote it", label(root)))
+        else:
+            # A heading with nothing below it says nothing; only plugins are removed by null.
+            # What should be a mapping and is none has been told above.
+            layer.values = {k: v for k, v in values.items() if isinstance(v, dict)}
         return layer
 
     def _add(self, layer: Layer) -> None:
@@ -150,21 +150,22 @@ class Reader:
         self._layers.append(layer)
 
     def merge(self) -> DictConfig | None:
-        """All layers as one; None where one of them is unfit, so that no follow-up faults are told."""
+        """All layers as one; None where one of them can't be read, so that no follow-up faults are told."""
         if not self._whole or any(layer.values is None for layer in self._layers):
             return None
         merged: Any = OmegaConf.create({})
         named: set[str] = set()
-        before = len(self.problems)
+        clashed = False
         for layer in self._layers:
             values = layer.values or {}
             self.problems += _pointless_removals(values, layer.places, named)
             plain: Any = OmegaConf.to_container(merged, resolve=False)
             clashes = list(_clashes(plain, values, "", layer.places))
             self.problems += clashes
+            clashed |= bool(clashes)
             if not clashes:
                 merged = OmegaConf.merge(merged, OmegaConf.create(values))
-        return merged if len(self.problems) == before else None
+        return None if clashed else merged
 
 
 def _base(name: str, path: Path, place: str, problems: list[Problem]) -> Path | None:

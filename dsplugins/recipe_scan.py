@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,12 @@ class Layer:
     """One file or one override, before the merge."""
 
     values: dict[str, Any] | None
-    """None where a fault makes the values unfit to merge."""
+    """What fits, for the merge; None where the text can't be read at all."""
     places: dict[str, str]
     leaves: list[str]
     """Keys that hold no mapping: what stood below them in earlier layers is gone."""
+    unfit: list[yaml.Node]
+    """Keys and values at fault, which are left out of the merge."""
 
 
 def compose_file(path: Path, shown: str, problems: list[Problem]) -> tuple[str, yaml.MappingNode | None]:
@@ -111,7 +113,7 @@ def _event_faults(text: str, label: Callable[[int], str], who: str) -> Iterator[
 
 
 def scan(node: yaml.Node, key: str, label: Callable[[yaml.Node], str], layer: Layer) -> Iterator[Problem]:
-    """Notes the places of all keys below `node`; yields what makes its values unfit to merge."""
+    """Notes the places of all keys below `node`; yields what makes some of its values unfit to merge."""
     prefix = f"{key}." if key else ""
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, str] = {}
@@ -119,6 +121,7 @@ def scan(node: yaml.Node, key: str, label: Callable[[yaml.Node], str], layer: La
             place = label(key_node)
             faults = list(_key_faults(key_node, prefix, place, seen))
             yield from faults
+            layer.unfit += [key_node] if faults else []
             if faults and not isinstance(key_node, yaml.ScalarNode):
                 continue
             child = prefix + key_node.value
@@ -132,7 +135,29 @@ def scan(node: yaml.Node, key: str, label: Callable[[yaml.Node], str], layer: La
             layer.places[f"{prefix}{index}"] = label(item)
             yield from scan(item, f"{prefix}{index}", label, layer)
     else:
-        yield from _text_faults(node.value, key, label(node))
+        faults = list(_text_faults(node.value, key, label(node)))
+        yield from faults
+        layer.unfit += [node] if faults else []
+
+
+def prune(node: yaml.MappingNode, unfit: Collection[yaml.Node]) -> None:
+    """Take out what is unfit: a key with its value, a value with its key, a list with its item."""
+    node.value = [
+        (key, value)
+        for key, value in node.value
+        if key not in unfit and (isinstance(value, yaml.MappingNode) or _sound(value, unfit))
+    ]
+    for _, value in node.value:
+        if isinstance(value, yaml.MappingNode):
+            prune(value, unfit)
+
+
+def _sound(node: yaml.Node, unfit: Collection[yaml.Node]) -> bool:
+    """Whether nothing in `node` is unfit."""
+    if isinstance(node, yaml.MappingNode):
+        return all(key not in unfit and _sound(value, unfit) for key, value in node.value)
+    inner = node.value if isinstance(node, yaml.SequenceNode) else ()
+    return node not in unfit and all(_sound(item, unfit) for item in inner)
 
 
 def _key_faults(node: yaml.Node, prefix: str, place: str, seen: Mapping[str, str]) -> Iterator[Problem]:
