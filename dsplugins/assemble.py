@@ -50,12 +50,12 @@ def assemble(
     Raises RecipeError for what the recipe asks for and can't be, EnvironmentUnfit for what this machine
     lacks or where ranks differ, AuditFailure where something else was built than was chosen.
     """
-    rank = process_group.start(platform)
+    rank = process_group.start(platform, plan)
     process_group.agree(recipe, plugins)
     settled = settings.settle(plan, plugins, recipe)
     data: Data = plugins.slot("data", plan=plan)
     _check_data(plan, settled, data)
-    model.start_groups(plan.layout, plan.train.seed)
+    model.start_groups(plan.layout, plan.train.seed, plan.run.timeout_minutes)
     schedule = plugins.slot("schedule", plan=plan)
     chunks = model.build(plan, settled, plugins, device)
     plugins.event("ds_model_built", plan=plan, settings=settled, chunks=chunks)

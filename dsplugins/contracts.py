@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dsplugins.schedules import Schedule
+from dsplugins.sections import DataOptions, Evaluate, RunOptions, Save, Train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,75 +107,6 @@ class Layout:
     def expert_data(self) -> int:
         """Copies of each expert."""
         return self.world_size // (self.expert * self.expert_tensor * self.pipeline)
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """`data:` of a recipe: what every data plugin is asked for."""
-
-    seq_length: int
-    """Tokens a sample, S."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """`train:` of a recipe."""
-
-    global_batch: Schedule
-    """Sequences a step, over the whole cluster."""
-    learning_rate: Schedule
-    """Of AdamW, before any per-group multiplier."""
-    micro_batch: int = 1
-    """Sequences that one rank takes through the model at once, B."""
-    steps: int | None = None
-    """Stop after so many steps (this or `tokens`)."""
-    tokens: float | None = None
-    """Stop after so many tokens (this or `steps`)."""
-    seed: int = 1234
-    """Of weights and data order."""
-    log_every: int = 10
-    """Steps between two printed lines; `metrics.jsonl` has every step."""
-    not_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite stops the run, with a dump in the run directory, or costs this
-    step's update only; `skip` looks at all gradients before each update."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """`evaluate:` of a recipe."""
-
-    every: int = 0
-    """Steps between two evaluations; 0 evaluates at the end only."""
-    sequences: int = 64
-    """Validation sequences an evaluation looks at; 0 turns evaluation off."""
-
-
-@dataclass(frozen=True)
-class Save:
-    """`save:` of a recipe: checkpoints in the run directory. A run that is asked to stop always saves."""
-
-    every: int = 0
-    """Steps between two checkpoints; 0 counts none."""
-    minutes: float = 0.0
-    """Minutes between two checkpoints, by rank 0's clock; 0 counts none."""
-    at_end: bool = True
-    """Save after the last step."""
-    keep: int = 2
-    """Newest checkpoints that are kept, at least 1."""
-    keep_every: int = 0
-    """Checkpoints at multiples of so many steps are kept for good; 0 keeps none."""
-    asynchronous: bool = True
-    """Copy the state and write it while training goes on; costs this rank's share of it in host memory."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """`run:` of a recipe."""
-
-    directory: str = "runs/{recipe}"
-    """Where everything of the run is kept; `{recipe}` is the recipe's name. In a Plan it is filled in."""
-    world_size: int = 1
-    """Processes that the layout is written for."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +239,19 @@ DispatcherFactory = Callable[..., Any]
 """`factory(num_local_experts, local_expert_indices, config=, pg_collection=) -> MoETokenDispatcher`."""
 
 
+class PluginState(Protocol):
+    """What a plugin saves with each checkpoint and gets back when the run goes on."""
+
+    version: int
+    """Of what `save` returns; another number in a checkpoint stops the run before it starts."""
+
+    def save(self) -> Mapping[str, Any]:
+        """State that JSON can hold, after a step. Asked on every rank, rank 0's is kept."""
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take back what `save` gave; on every rank, before the first step."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One finished step, as events see it. Numbers are the same on every rank."""
@@ -377,6 +322,7 @@ __all__ = [
     "PipelineSchedule",
     "Plan",
     "Platform",
+    "PluginState",
     "Problem",
     "Range",
     "RecipeError",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         PipelineSchedule,
         Plan,
         Platform,
+        PluginState,
         Problem,
         RouterFactory,
         RunEnd,
@@ -179,6 +180,15 @@ def ds_optimizer(config: OptimizerConfig, chunks: Sequence[torch.nn.Module]) -> 
 
 
 # -- the run --------------------------------------------------------------------------------------
+
+
+@hookspec
+def ds_state() -> PluginState:
+    """Event. What this plugin keeps from one process of a run to the next, in checkpoints.
+
+    Asked once, before the first step. What can be read again from `metrics.jsonl` needs no state.
+    """
+    raise NotImplementedError
 
 
 @hookspec

@@ -147,7 +147,7 @@ def _slice(
     )
 
 
-def start_groups(layout: Layout, seed: int) -> None:
+def start_groups(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> None:
     """Make megatron-core's process groups and seed its random states."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -157,6 +157,7 @@ def start_groups(layout: Layout, seed: int) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

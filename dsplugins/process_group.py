@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dsplugins.contracts import EnvironmentUnfit
@@ -25,8 +26,10 @@ def right_world(plan: Plan) -> None:
         )
 
 
-def start(platform: Platform) -> int:
+def start(platform: Platform, plan: Plan) -> int:
     """Join the other ranks; a single process without torchrun makes a group of one. Returns the rank.
+
+    A collective that a rank doesn't join within `run.timeout_minutes` fails on the others.
 
     A process group that is up already is used as it is: resident workers of tests train in theirs.
     """
@@ -34,11 +37,13 @@ def start(platform: Platform) -> int:
 
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank()
+    limit = timedelta(minutes=plan.run.timeout_minutes)
+    backend = platform.distributed_backend
     if "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(platform.distributed_backend)
+        torch.distributed.init_process_group(backend, timeout=limit)
     else:
         store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(platform.distributed_backend, store=store, rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, timeout=limit, store=store, rank=0, world_size=1)
     return torch.distributed.get_rank()
 
 

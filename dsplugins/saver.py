@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,13 @@ import torch.distributed as dist
 
 from dsplugins.checkpoint import store
 from dsplugins.checkpoint.pieces import Piece, optimizer_steps, pieces, set_optimizer_steps
+from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.rundir import versions
 from dsplugins.step import Progress
 
 if TYPE_CHECKING:
     from dsplugins.assemble import Assembly
+    from dsplugins.contracts import PluginState
 
 
 class Saver:
@@ -32,6 +34,8 @@ class Saver:
         self._writing: Future[store.Checkpoint] | None = None
         self._saved_at = time.monotonic()
         self._step = -1
+        states = run.plugins.event("ds_state")
+        self._states: dict[str, PluginState] = {name: state for name, state in states if state is not None}
 
     def resume(self, fresh: bool = False) -> tuple[Progress, list[str]]:
         """Fill the assembly from the newest good checkpoint; where the run stands, and what to tell.
@@ -49,7 +53,24 @@ class Saver:
         facts = found.manifest()
         set_optimizer_steps(self._run.chunks, self._run.optimizer, facts["optimizer_steps"])
         self._step = found.step
+        told += self._give_back(found, facts["plugins"])
         return Progress(**facts["progress"]), [*told, f"resumed from {found.path}"]
+
+    def _give_back(self, found: store.Checkpoint, saved: dict[str, Any]) -> Iterator[str]:
+        """Plugins' state, to those that are here; what is gone or new is told."""
+        for name, kept in saved.items():
+            state = self._states.get(name)
+            if state is None:
+                yield f"plugin {name} is not in this run: its state in {found.path.name} is left out"
+            elif state.version != kept["version"]:
+                raise EnvironmentUnfit(
+                    f"plugin {name} saved its state in version {kept['version']} and now takes "
+                    f"{state.version}: install the version that it was saved with, or start over with --fresh"
+                )
+            else:
+                state.load(kept["state"])
+        for name in self._states.keys() - saved.keys():
+            yield f"plugin {name} starts without state: {found.path.name} has none of it"
 
     def due(self, step: int) -> bool:
         """Whether it is time to save after `step`; only rank 0's clock counts, for all."""
@@ -67,6 +88,10 @@ class Saver:
             "progress": vars(progress),
             "optimizer_steps": optimizer_steps(self._run.chunks, self._run.optimizer),
             "layout": vars(self._run.plan.layout),
+            "plugins": {
+                name: {"version": state.version, "state": dict(state.save())}
+                for name, state in self._states.items()
+            },
             "versions": versions(),
         }
         held = self._pieces()

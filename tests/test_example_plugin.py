@@ -48,6 +48,15 @@ def test_it_trains_and_reaches_mtp(installed, tmp_path):
     assert rows[0]["expert_tokens"] == book[0]["expert_tokens"] and rows[0]["aux_loss"] == 0.0
 
 
+def test_its_state_goes_on_with_the_run(installed, tmp_path):
+    line = ["train", str(TINY), "plugins.step_book={}", "evaluate.sequences=0", "run.directory=out"]
+    assert run(installed, tmp_path, *line, "train.steps=2").returncode == 0
+    done = run(installed, tmp_path, *line, "train.steps=3", "--accept-changes")
+    assert done.returncode == 0, done.stderr
+    book = json.loads((tmp_path / "out" / "book.json").read_text())
+    assert [page["step"] for page in book] == [1, 2, 3]
+
+
 def test_options_are_checked_with_its_name(installed, tmp_path):
     swap = ["plugins.aux_free=null", "plugins.first_come={temperatur: 0.5}"]
     done = run(installed, tmp_path, "explain", str(TINY), *[x for o in swap for x in ("--set", o)])

@@ -153,3 +153,14 @@ def test_diff_tells_two_runs_apart(whole):
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert set(done.stdout.splitlines()) == {"train.steps: 13 -> 12", "optimizer.clip_grad: 0.5 -> 1.0"}
+
+
+def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
+    began = time.monotonic()
+    process = start(tmp_path, "hung", "run.timeout_minutes=0.15")
+    wait_for_step(tmp_path, "hung", 2, process)
+    os.kill(ranks_of(process)[-1], signal.SIGSTOP)
+    code, said = finish(process)
+    assert code not in (0, 75), said
+    assert time.monotonic() - began < 90
+    assert status(tmp_path, "hung")["code"] == code

@@ -46,12 +46,27 @@ class StepBookOptions:
 
 
 class StepBook:
-    """Adds `loss_per_expert_token` to the metrics and writes a book at the end."""
+    """Adds `expert_tokens` to the metrics; writes a book of all steps at the end, those before a stop too."""
 
     Options = StepBookOptions
+    contract = ">=1.1,<2"
+    version = 1
 
     def __init__(self, options):
         self.options, self.pages = options, []
+
+    @hookimpl
+    def ds_state(self):
+        """This object keeps the pages in the run's checkpoints."""
+        return self
+
+    def save(self):
+        """All pages so far."""
+        return {"pages": self.pages}
+
+    def load(self, saved):
+        """The pages of the processes before this one."""
+        self.pages = list(saved["pages"])
 
     @hookimpl
     def ds_step_end(self, step):
