@@ -58,7 +58,9 @@ def build(recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem])
     settled = settings.construct(plan, plugins, recipe)
     problems += settings.objections(plan, plugins, settled)
     stage = stages.Stage(plan, settled, plugins, ())
-    problems += map(stages.difference, audit.fields.differences(stage))
+    problems += map(stages.difference, audit.fields.held(stage))
+    for field, said in audit.ignored(settled, plan.slots):
+        problems.append(Problem(said, f"model.{field}", "leave it out, or change what it names"))
     if any(problem.kind == "recipe" for problem in problems):
         return None
     began = time.perf_counter()

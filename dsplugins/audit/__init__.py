@@ -5,8 +5,8 @@ plugin's, an MTP block of stock parts, `fp8` without transformer-engine, a softm
 at the built modules and compares them with the slots' answers, asked once more, and with the recipe.
 
 `wanted` what each layer should be made of; `layers` and `softmax` what stands there; `stages` which layers
-stand where; `fields` megatron-core's configuration; `tensors` number formats, router buffers, optimizer;
-`loop` what the loop will call; `table` what was built, for people and for the run's directory.
+stand where; `fields` and `ignored` megatron-core's configuration; `tensors` number formats, routers' buffers,
+optimizer; `loop` what the loop will call; `table` what was built, for people and for the run's directory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from dsplugins.audit import fields, layers, loop, softmax, stages, tensors
 from dsplugins.audit.built import Built, Standing
+from dsplugins.audit.ignored import ignored
 from dsplugins.audit.table import Kind, describe, describe_run, span
 
 
@@ -52,4 +53,14 @@ def _gathered(differences: layers.Differences) -> list[str]:
     return [f"{span(names)}: {said}" for said, names in places.items()]
 
 
-__all__ = ["AuditFailure", "Built", "Kind", "Standing", "audit", "describe", "describe_run", "of_stage"]
+__all__ = [
+    "AuditFailure",
+    "Built",
+    "Kind",
+    "Standing",
+    "audit",
+    "describe",
+    "describe_run",
+    "ignored",
+    "of_stage",
+]
