@@ -34,8 +34,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._opened = time.time()
-        """What is older than this belongs to an earlier attempt."""
+        self._opened = 0.0 if rank.has_launcher() else time.time()
+        """What is older than this belongs to an earlier attempt. Our launcher has replaced that already."""
 
     def status(self) -> dict[str, Any] | None:
         """The last `status.json`, or None where nothing has run."""

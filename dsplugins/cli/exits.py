@@ -62,7 +62,8 @@ def message_of(error: Exception) -> str:
         from dsplugins.recipe import render
 
         if code_of(error) == 4:
-            return "\n".join(f"{p.place}: {p.message}: {p.remedy}" for p in error.problems)
+            parts = ((p.place, p.message, p.remedy) for p in error.problems)
+            return "\n".join(": ".join(filter(None, three)) for three in parts)
         return render(error.problems)
     if isinstance(error, EnvironmentUnfit):
         return f"this machine can't run it: {error}"

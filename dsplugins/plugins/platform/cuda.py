@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,9 @@ class CudaPlatform:
         """Take GPU `local_rank`. Raises `EnvironmentUnfit` when there is none, or no NCCL."""
         import torch
 
-        for problem in self.problems(local_rank + 1):
+        # The same number on every rank, so that it is told once.
+        ranks = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        for problem in self.problems(ranks):
             raise EnvironmentUnfit(f"{problem.message}: {problem.remedy}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -1,0 +1,124 @@
+"""`status.json`: the first failure of an attempt stands, and nothing of an earlier attempt does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dsplugins.cli import exits
+from dsplugins.cli.train import _fail
+from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.manager import HookFailure
+from dsplugins.rundir import RunDirectory
+
+
+@pytest.fixture
+def as_rank(tmp_path, monkeypatch):
+    """A function: the run directory as a rank of one attempt has it, from this process on."""
+    attempt = [RunDirectory(tmp_path) for _ in range(3)]
+
+    def of(rank):
+        monkeypatch.setenv("RANK", str(rank))
+        return attempt[rank]
+
+    return of
+
+
+@pytest.fixture
+def left(as_rank, monkeypatch):
+    """A function: with which code and words a rank leaves that failed so."""
+
+    def leave(code, message):
+        raise SystemExit((code, message))
+
+    monkeypatch.setattr(exits, "leave", leave)
+
+    def of(rank, error):
+        with pytest.raises(SystemExit) as end:
+            _fail(as_rank(rank), SimpleNamespace(), error)
+        return end.value.code
+
+    return of
+
+
+def test_the_first_failure_stands(as_rank):
+    assert as_rank(1).end(1, "the cause")["rank"] == 1
+    assert as_rank(0).end(1, "what came of it")["reason"] == "the cause"
+    assert as_rank(0).status()["reason"] == "the cause"
+    assert as_rank(0).end(1, "killed", overrule=True)["reason"] == as_rank(0).status()["reason"] == "killed"
+
+
+def test_a_rank_may_correct_itself_and_a_failure_replaces_an_early_stop(as_rank):
+    as_rank(0).end(75, "stopped")
+    as_rank(1).end(1, "first thought")
+    assert as_rank(1).end(3, "second thought")["code"] == as_rank(0).status()["code"] == 3
+
+
+def test_an_earlier_attempt_does_not_count(as_rank, tmp_path):
+    as_rank(1).end(1, "long ago")
+    as_rank(0)
+    assert RunDirectory(tmp_path).end(4, "now")["reason"] == "now"
+
+
+def test_what_our_launcher_announced_is_of_this_attempt_however_late_a_rank_begins(
+    as_rank, tmp_path, monkeypatch
+):
+    as_rank(1).end(1, "at once")
+    as_rank(0)
+    monkeypatch.setenv("DSPLUGINS_LAUNCHER", "1")
+    assert RunDirectory(tmp_path).end(1, "much later")["reason"] == "at once"
+
+
+def test_a_run_that_is_announced_has_no_code_yet(as_rank, tmp_path):
+    as_rank(0).end(0, "complete")
+    RunDirectory(tmp_path).announce()
+    assert RunDirectory(tmp_path).status()["code"] is None
+
+
+def test_what_is_no_folder_can_not_be_announced(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = RunDirectory(tmp_path / "file")
+    with pytest.raises(EnvironmentUnfit, match="can't be written"):
+        run.announce()
+    assert run.end(1, "told all the same")["reason"] == "told all the same" and run.status() is None
+
+
+def test_many_processes_that_fail_at_once_leave_one_whole_status(tmp_path):
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from dsplugins.rundir import RunDirectory\n"
+        "run = RunDirectory(Path(sys.argv[1]))\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.read()\n"
+        "print(run.end(1, 'rank ' + os.environ['RANK'])['reason'])\n"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    everyone = [subprocess.Popen(line, env={"RANK": str(rank)}, **pipes) for rank in range(6)]
+    assert all(process.stdout.readline() == "ready\n" for process in everyone)
+    for process in everyone:
+        process.stdin.close()
+    said = {process.stdout.read() for process in everyone}
+    assert all(process.wait(60) == 0 for process in everyone)
+    assert said == {json.loads((tmp_path / "status.json").read_text())["reason"] + "\n"}
+
+
+def test_a_fault_of_all_ranks_is_told_once_and_of_one_rank_too(left):
+    assert left(1, EnvironmentUnfit("no data")) == (4, "this machine can't run it: no data")
+    assert left(0, EnvironmentUnfit("no data")) == (4, "")
+    assert left(2, EnvironmentUnfit("no GPU")) == (4, "this machine can't run it: no GPU")
+
+
+def test_what_follows_from_another_ranks_failure_is_one_line(left):
+    code, said = left(1, HookFailure("mine", "ds_step_end", ValueError("x")))
+    assert code == 1 and said.startswith("rank 1: plugin mine failed in ds_step_end: ValueError: x")
+    assert left(0, RuntimeError("peer\nis gone")) == (
+        1,
+        "rank 0: RuntimeError: peer is gone (rank 1 had failed before)",
+    )
+    assert left(2, HookFailure("mine", "ds_step_end", ValueError("x")))[1].startswith("rank 2: plugin mine")
