@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from pages import DOCS, ROOT, Block, Command, blocks, name, prose, written
+from pages import DOCS, PARSER, ROOT, Block, Command, blocks, name, prose, written
 
 RECORDED = re.compile(r"<!-- record: (\w+) -->\n```text\n(.*?)```", re.DOTALL)
 RECORDS = {file.stem: json.loads(file.read_text()) for file in sorted((DOCS / "records").glob("*.json"))}
@@ -43,6 +43,27 @@ def test_the_record_is_the_run_that_the_issue_asks_for():
     results = RECORDS["tiny_cpu"]["results"]
     assert all(results["evaluation"]["loss"] < entropy for entropy in results["baselines"].values())
     assert RECORDS["tiny_cpu"]["command"] == "bash launch/quickstart.sh"
+
+
+def numbers(value):
+    """Every number anywhere in a record."""
+    if isinstance(value, dict | list):
+        return [
+            found
+            for inner in (value.values() if isinstance(value, dict) else value)
+            for found in numbers(inner)
+        ]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_measured_numbers_in_tables_are_in_a_record():
+    """Those with three decimals, which nobody writes of anything but a measurement."""
+    measured = {f"{number:.3f}" for number in numbers(list(RECORDS.values()))}
+    for page in written():
+        parsed = PARSER.parse(page.read_text())
+        cells = [b.content for a, b in zip(parsed, parsed[1:], strict=False) if a.type == "td_open"]
+        said = {cell for cell in cells if re.fullmatch(r"\d+\.\d{3}", cell)}
+        assert said <= measured, f"{name(page)}: in no record: {said - measured}"
 
 
 def test_blocks_of_numbers_say_where_they_come_from():
