@@ -16,6 +16,7 @@ import pytest
 
 TINY = Path(__file__).parent / "tiny.yaml"
 EVENTS = ["plugins.expert_load.every=1", "plugins.curves={}", "plugins.tensorboard={}"]
+UNDRAWN = ["plugins.expert_load.plots=false", "plugins.curves.plots=false"]
 LISTENERS = {"expert_load.ds_step_end", "tensorboard.ds_step_end"}
 CASES = {
     "one process": (1, []),
@@ -144,7 +145,7 @@ def test_calls_do_not_grow_with_micro_batches_and_one_a_step(workers, tmp_path):
     """Three more steps are three more calls of each listener; eight times the micro-batches are none."""
     found = {}
     for steps, batch in ((3, 8), (6, 8), (3, 64)):
-        changes = [f"train.steps={steps}", f"train.global_batch={batch}"]
+        changes = [f"train.steps={steps}", f"train.global_batch={batch}", *UNDRAWN]
         ((_, outside, _),) = workers(1).run(counted, str(tmp_path / f"{steps}-{batch}"), changes)
         found[steps, batch] = outside
     assert found[3, 64] == found[3, 8]
