@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -86,8 +86,10 @@ class HookFailure(RuntimeError):
 class Plugins:
     """The chosen plugins, in recipe order, behind pluggy's checks."""
 
-    def __init__(self, chosen: Sequence[Chosen]) -> None:
+    def __init__(self, chosen: Sequence[Chosen], stand_ins: Collection[str] = ()) -> None:
         self.chosen = tuple(chosen)
+        self.stand_ins = frozenset(stand_ins)
+        """Those that the recipe doesn't name, see `dsplugins.stand_ins`; empty in a run."""
         self._manager = pluggy.PluginManager("dsplugins")
         self._manager.add_hookspecs(hookspecs)
         # pluggy calls the last one registered first.

@@ -48,12 +48,11 @@ def answer(path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def build(recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem]) -> dict[str, Any] | None:
-    """Settings as in a run, then the stages with stand-ins; None where the recipe forbids it."""
+    """Settings as in a run, then the stages; None where something forbids it, which is in `problems`."""
     from dsplugins.cuda_redirect import install
 
     install("meta")
-    from dsplugins import audit, counts, settings, stages
-    from dsplugins.stand_ins import substitute
+    from dsplugins import audit, settings, stages
 
     settled = settings.construct(plan, plugins, recipe)
     problems += settings.objections(plan, plugins, settled)
@@ -63,8 +62,21 @@ def build(recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem])
         problems.append(Problem(said, f"model.{field}", "leave it out, or change what it names"))
     if any(problem.kind == "recipe" for problem in problems):
         return None
+    return _build_stages(recipe, plan, plugins, problems)
+
+
+def _build_stages(
+    recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem]
+) -> dict[str, Any] | None:
+    """All stages, with stand-ins; None if one can't be built."""
+    from dsplugins import counts, settings, stages, stand_ins
+
     began = time.perf_counter()
-    with_stand_ins, substitutes = substitute(plugins)
+    with_stand_ins, substitutes = stand_ins.substitute(plugins)
+    settled = settings.construct(plan, with_stand_ins, recipe)
+    if unable := stand_ins.objections(with_stand_ins, substitutes, plan, settled):
+        problems += unable
+        return None
     found = stages.build_all(recipe, plan, with_stand_ins)
     problems += found.problems
     if found.problems:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsplugins.contracts import Problem
@@ -27,8 +27,7 @@ def refusal(said: str, section: str, values: Mapping[str, Any], writers: Mapping
     the plugin that wrote one; else the section.
     """
     said = " ".join(said.split())
-    words = re.findall(r"\w+", said)
-    named = [f"{section}.{word}" for word in dict.fromkeys(words) if word in values]
+    named = [f"{section}.{field}" for field in _named(said, values)]
     keys = sorted(dict.fromkeys(_source(key, writers) for key in named), key=_distance)
     if not keys:
         return Problem(f"{section}: megatron-core refuses: {said}", section, "change the fields it names")
@@ -37,6 +36,14 @@ def refusal(said: str, section: str, values: Mapping[str, Any], writers: Mapping
     field = key.split(".", 1)[1]
     shown = f"={values[field]!r}" if key in named else ""
     return Problem(f"{key}{shown}: megatron-core refuses: {said}", key, f"change it{others}")
+
+
+def _named(said: str, fields: Iterable[str]) -> list[str]:
+    """Fields that a message names, in its order; spelled as text (`CPU offloading`) if none is by name."""
+    words = re.findall(r"\w+", said)
+    by_name = [word for word in dict.fromkeys(words) if word in fields]
+    text = f"_{'_'.join(words).lower()}_"
+    return by_name or sorted((f for f in fields if f"_{f}_" in text), key=lambda f: text.index(f"_{f}_"))
 
 
 def _source(key: str, writers: Mapping[str, str]) -> str:

@@ -62,13 +62,17 @@ def ledger(plan: Plan, plugins: Plugins, recipe: Recipe | None = None) -> Ledger
             book.write(key, value, (recipe.place(key) if recipe else "") or "recipe")
     for key, value in _derived(plan).items():
         book.write(key, value, "derived")
-    for name, wishes in plugins.event("ds_settings", plan=plan):
+    wished = plugins.event("ds_settings", plan=plan)
+    # Stand-ins come last and have their way: the recipe is written for the plugins that they replace.
+    for name, wishes in sorted(wished, key=lambda item: item[0] in plugins.stand_ins):
         for key, value in (wishes or {}).items():
             if key.split(".", 1)[0] not in SECTIONS:
                 said = f"plugin {name} writes {key}, which is in none of {', '.join(SECTIONS)}"
                 book.problems.append(Problem(said, f"plugins.{name}", "tell its author"))
-            else:
-                book.write(key, value, f"plugin {name}")
+                continue
+            if name in plugins.stand_ins:
+                book.values.pop(key, None)
+            book.write(key, value, f"plugin {name}")
     return book
 
 

@@ -72,18 +72,20 @@ def build_all(recipe: Recipe, plan: Plan, plugins: Plugins) -> Found:
     """
     found = Found()
     standing: list[str] = []
+    differing: list[tuple[str, str]] = []
     for number in range(plan.layout.pipeline):
         with _pretended(plan, number):
             stage = _stage(recipe, plan, plugins, found.problems)
             if stage is None:
                 return found
-            found.problems += map(difference, audit.of_stage(stage))
+            differing += audit.of_stage(stage)
             found.counts += counts.of_stage(stage.chunks)
             found.rows += _rows(number, stage)
             found.chunks.append(stage.chunks)
             standing += names(stage.settings.model, stage.chunks)
             settled = stage.settings
-    found.problems += map(difference, misplaced(plan, settled, standing))
+    said = [*audit.gathered(differing), *misplaced(plan, settled, standing)]
+    found.problems += map(difference, said)
     for _, problems in plugins.event("ds_check_built", plan=plan, stages=found.chunks):
         found.problems += problems or ()
     return found

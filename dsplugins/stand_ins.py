@@ -8,9 +8,13 @@ it, whatever is installed, so that its answer is the same on every machine; a ru
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from dsplugins.contracts import Problem, RecipeError
 from dsplugins.manager import Chosen, Plugins, make, offers
+
+if TYPE_CHECKING:
+    from dsplugins.contracts import Plan, Settings
 
 
 def substitute(plugins: Plugins) -> tuple[Plugins, Mapping[str, str]]:
@@ -29,7 +33,22 @@ def substitute(plugins: Plugins) -> tuple[Plugins, Mapping[str, str]]:
             chosen.append(replacement)
     if problems:
         raise RecipeError(problems)
-    return Plugins(chosen), substitutes
+    return Plugins(chosen, substitutes.values()), substitutes
+
+
+def objections(
+    plugins: Plugins, substitutes: Mapping[str, str], plan: Plan, settings: Settings
+) -> list[Problem]:
+    """What stand-ins can't do although the recipe is right; `plugins` has them, `settings` are theirs."""
+    problems = []
+    replaced = {name: plugin for plugin, name in substitutes.items()}
+    only = Plugins([item for item in plugins if item.name in replaced])
+    for name, found in only.event("ds_check", plan=plan, settings=settings):
+        for problem in found or ():
+            said = f"stages can't be built with {name} in the place of {replaced[name]}: {problem.message}"
+            remedy = "nothing else is wrong; a run doesn't use the stand-in"
+            problems.append(Problem(said, f"plugins.{replaced[name]}", remedy, kind="environment"))
+    return problems
 
 
 def _stand_in(item: Chosen, name: str, problems: list[Problem]) -> Chosen | None:
@@ -42,4 +61,4 @@ def _stand_in(item: Chosen, name: str, problems: list[Problem]) -> Chosen | None
     return make(offered[0], {}, problems)
 
 
-__all__ = ["substitute"]
+__all__ = ["objections", "substitute"]

@@ -31,7 +31,7 @@ def audit(run: Built) -> None:
     """Raise AuditFailure with every difference found on this rank; collective over all ranks."""
     found = [
         *fields.differences(run),
-        *_gathered([*layers.differences(run), *softmax.differences(run)]),
+        *gathered(of_stage(run)),
         *stages.differences(run),
         *tensors.differences(run),
         *loop.differences(run),
@@ -40,12 +40,12 @@ def audit(run: Built) -> None:
         raise AuditFailure(found)
 
 
-def of_stage(stage: Standing) -> list[str]:
-    """What can be found of one rank without memory, its optimizer or other ranks."""
-    return _gathered([*layers.differences(stage), *softmax.differences(stage)])
+def of_stage(stage: Standing) -> layers.Differences:
+    """What can be found of one rank without memory, its optimizer or other ranks: (place, what is said)."""
+    return [*layers.differences(stage), *softmax.differences(stage)]
 
 
-def _gathered(differences: layers.Differences) -> list[str]:
+def gathered(differences: layers.Differences) -> list[str]:
     """One line for what is said of many layers: `decoder.1-60: router is ...`."""
     places: dict[str, list[str]] = {}
     for place, said in differences:
@@ -61,6 +61,7 @@ __all__ = [
     "audit",
     "describe",
     "describe_run",
+    "gathered",
     "ignored",
     "of_stage",
 ]

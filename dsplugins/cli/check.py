@@ -23,10 +23,15 @@ def command(recipe: str, overrides: tuple[str, ...], here: bool, as_json: bool) 
     needs: libraries, devices, data; set LOCAL_WORLD_SIZE for a machine that runs a part of the ranks.
     """
     from dsplugins.cli import check_report
+    from dsplugins.cli.child import ChildFailed
     from dsplugins.contracts import RecipeError
 
     began = time.perf_counter()
-    findings = _findings(recipe, overrides, here)
+    try:
+        findings = _findings(recipe, overrides, here)
+    except ChildFailed as failure:
+        click.echo(f"{recipe}: {failure}", err=True)
+        raise SystemExit(1) from None
     findings["seconds"] = time.perf_counter() - began
     problems = findings.pop("_problems")
     must_fit = here or "stages" not in findings

@@ -10,8 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dsplugins.cli import exits
+
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAST_LINES = 12
+"""Of a crashed child's output; `--debug` shows all of it."""
 
 
 class ChildFailed(RuntimeError):
@@ -44,8 +47,11 @@ class Child:
                 found: dict[str, Any] = json.loads(self._file.read_text())
                 return found
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        lines = "\n".join(f"    {line}" for line in said.splitlines()[-LAST_LINES:])
-        raise ChildFailed(f"the child process {self.module} {how}; its last lines:\n{lines}")
+        lines = said.splitlines()
+        if exits.DEBUG not in os.environ:
+            lines = lines[-LAST_LINES:]
+        shown = "\n".join(f"    {line}" for line in lines)
+        raise ChildFailed(f"the child process {self.module} {how}; its last lines:\n{shown}")
 
 
 def start(module: str, request: dict[str, Any], without_gpu: bool = False) -> Child:
