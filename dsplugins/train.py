@@ -88,9 +88,11 @@ class Loop:
 
     def _begin(self, recipe: Recipe, fresh: bool) -> Progress:
         """Where the run stands, with the state that belongs to it; what is to be seen first is shown."""
-        from dsplugins.audit import describe_run
+        from dsplugins.audit import audit, describe_run
 
         progress, told = self.saver.resume(fresh)
+        if progress.steps:
+            audit(self.assembly)  # once more: what was loaded has kept its number formats
         if self.leads and progress.steps:
             changed = [str(change) for change in changes.since(self.directory.path, recipe, self.plugins)]
             self.directory.go_on(recipe, self.plugins, progress.steps, changed)

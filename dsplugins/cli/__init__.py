@@ -15,6 +15,7 @@ COMMANDS = {
     "plugins": "List installed plugins, or show one.",
     "recipes": "List shipped recipes.",
     "experiment": "Run an experiment that leaves a record.",
+    "bench": "Time steps beside a hand-written loop or Hugging Face.",
     "doctor": "Look at this machine: versions, libraries, duplicates.",
 }
 """Name -> one line of help; each command is `command` in the module of its name."""
