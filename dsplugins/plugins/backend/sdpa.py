@@ -1,7 +1,7 @@
-"""Core attention over `torch.nn.functional.scaled_dot_product_attention`.
+"""Core attention over `torch.nn.functional.scaled_dot_product_attention`, on the CPU over `causal_blocks`.
 
 megatron-core's `DotProductAttention` takes no separate head size for values, so MLA can't be built
-on it; this one serves MLA and grouped-query attention, on CPU and GPU.
+on it; this one serves MLA and grouped-query attention.
 
 Shape legend: S sequence, B micro-batch, N heads of this rank, G query groups of this rank, D head
 size of queries and keys, V head size of values.
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+
+from dsplugins.plugins.backend import causal_blocks
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -91,14 +93,11 @@ def unmet(config: TransformerConfig, dropout: float | None = None) -> dict[str, 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """As `SdpaCoreAttention.forward`, without the checks."""
-    heads, groups, width, wanted = query.shape[2], key.shape[2], key.shape[3], value.shape[3]
-    if query.device.type == "cpu" and width != wanted:
-        # Torch's CPU flash kernel wants equal head sizes; zeros change no score and no kept output.
-        # S 512, B 8, N 8, D 48, V 32, one core, forward and backward: 134 ms against 236 ms of the
-        # math path in fp32, 121 ms against 254 ms in bf16.
-        query = F.pad(query, (0, max(0, wanted - width)))
-        key = F.pad(key, (0, max(0, wanted - width)))
-        value = F.pad(value, (0, max(0, width - wanted)))
+    heads, groups = query.shape[2], key.shape[2]
+    if query.device.type == "cpu":
+        if groups != heads:
+            key, value = (t.repeat_interleave(heads // groups, dim=2) for t in (key, value))
+        return causal_blocks.attend(query, key, value, scale)
     out = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
@@ -107,7 +106,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
         scale=scale,
         enable_gqa=groups != heads,
     )
-    return out[..., :wanted].permute(2, 0, 1, 3).flatten(2)
+    return out.permute(2, 0, 1, 3).flatten(2)
 
 
 __all__ = ["SdpaCoreAttention", "unmet"]

@@ -78,13 +78,35 @@ def test_bf16_stays_close():
     torch.testing.assert_close(out.double(), explicit(*mine, 48**-0.5), atol=2e-2, rtol=2e-2)
 
 
-def test_unequal_head_sizes_take_the_flash_kernel():
+def test_blocks_of_uneven_length_and_their_gradients():
+    """150 rows are four blocks of 37 and one of 2; a later key never reaches an earlier query."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    mine = [torch.randn(16, 1, 4, size) for size in (48, 48, 32)]
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where flash can't be used
+    torch.manual_seed(0)
+    mine = [torch.randn(150, 2, 4, size, requires_grad=True) for size in (12, 12, 8)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in mine]
+    out, want = make(softmax_scale=0.3)(*mine, None), explicit(*exact, 0.3)
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-6)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    (want * weight).sum().backward()
+    for ours, theirs in zip(mine, exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=2e-5, rtol=1e-5)
+
+
+def test_keeps_nothing_of_the_size_of_the_scores():
+    import torch
+
+    kept = []
+
+    def note(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    mine = [torch.randn(256, 1, 2, 8, requires_grad=True) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         make()(*mine, None)
+    assert kept and max(kept) == mine[0].numel() < 256 * 256
 
 
 def test_both_call_shapes_of_core_are_tolerated():
