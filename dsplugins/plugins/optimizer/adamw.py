@@ -35,8 +35,9 @@ class AdamWOptions:
     zero: bool = True
     """Each data-parallel rank keeps the moments and master weights of its share only (ZeRO-1, as V3
     did: section 3.2). False keeps them all on each rank."""
-    fused: bool = False
-    """Use torch's fused kernel, one launch for many tensors; FP32 moments only. Rounds differently."""
+    fused: bool | None = None
+    """Use torch's fused kernel, which goes through memory once instead of a dozen times; FP32 moments
+    only. It rounds differently from the unfused one. Null: wherever moments are FP32."""
 
 
 class AdamW:
@@ -128,7 +129,7 @@ class AdamW:
             chunks,
             moments=self.options.moments,
             no_decay=self.options.no_decay,
-            fused=self.options.fused,
+            fused=self.options.moments == "fp32" if self.options.fused is None else self.options.fused,
         )
 
 

@@ -84,14 +84,14 @@ def weights(chunk):
     return [p.detach().clone() for p in chunk.module.parameters()]
 
 
-def reference(steps, scale=1.0, clip=0.0, decays=lambda p: p.ndim > 1):
+def reference(steps, scale=1.0, clip=0.0, decays=lambda p: p.ndim > 1, fused=True):
     """The same steps by torch.optim.AdamW alone, in FP32."""
     parameters = [p.detach().clone().requires_grad_() for p in toy().parameters()]
     groups = [
         {"params": [p for p in parameters if decays(p)], "weight_decay": 0.1},
         {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = RATES[step]
@@ -104,10 +104,12 @@ def reference(steps, scale=1.0, clip=0.0, decays=lambda p: p.ndim > 1):
 
 
 @pytest.mark.parametrize("zero", [True, False])
-def test_fp32_is_torch_adamw_to_the_bit(single, zero):
-    chunk, optimizer = build(zero=zero)
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_fp32_is_torch_adamw_to_the_bit(single, zero, fused):
+    chunk, optimizer = build(zero=zero, fused=fused)
     train(chunk, optimizer, range(5))
-    for name, ours, theirs in zip(NAMES, weights(chunk), reference(range(5)), strict=True):
+    expected = reference(range(5), fused=fused is not False)
+    for name, ours, theirs in zip(NAMES, weights(chunk), expected, strict=True):
         assert torch.equal(ours, theirs), name
 
 
@@ -220,12 +222,12 @@ def test_bf16_moments_stay_bf16_and_close(single, zero):
 
     chunk, optimizer = build(zero=zero, moments="bf16")
     train(chunk, optimizer, [0])
-    for ours, theirs in zip(weights(chunk), reference([0]), strict=True):
+    for ours, theirs in zip(weights(chunk), reference([0], fused=False), strict=True):
         assert torch.equal(ours, theirs)  # the first step sees no rounded moment
     train(chunk, optimizer, range(1, 5))
     assert {group.moments for group in describe(optimizer, [chunk])} == {("bfloat16",)}
     start = list(toy().parameters())
-    for begun, ours, theirs in zip(start, weights(chunk), reference(range(5)), strict=True):
+    for begun, ours, theirs in zip(start, weights(chunk), reference(range(5), fused=False), strict=True):
         moved = (theirs - begun).norm()
         error = (ours - theirs).norm() / moved
         assert 0 < error < 0.01
