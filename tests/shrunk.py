@@ -47,12 +47,12 @@ ECHOES = {
 """Fields of `metrics.jsonl` that repeat the recipe, or tell the time: what changes only these is dead."""
 
 
-def built(overrides: Sequence[str]) -> dict[str, Any]:
+def built(overrides: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:
     """What stands on this rank before the first step, and what it reads first; or the keys refused."""
     from dsplugins.contracts import RecipeError
 
     try:
-        with _assembled(overrides) as run:
+        with _assembled(recipe, overrides) as run:
             return {
                 "shapes": {name: (tuple(p.shape), str(p.dtype)) for name, p in _parameters(run)},
                 "weights": _digest(p for _, p in _parameters(run)),
@@ -64,7 +64,7 @@ def built(overrides: Sequence[str]) -> dict[str, Any]:
         return {"refused": [problem.key for problem in error.problems]}
 
 
-def kept(overrides: Sequence[str]) -> dict[str, Any]:
+def kept(overrides: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:
     """Bytes that one micro-batch's forward pass keeps for backward."""
     import torch
 
@@ -75,7 +75,7 @@ def kept(overrides: Sequence[str]) -> dict[str, Any]:
         storages[storage._cdata] = storage
         return tensor
 
-    with _assembled(overrides) as run:
+    with _assembled(recipe, overrides) as run:
         tokens, labels, positions = _first_micro_batches(run)[:3]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = run.chunks[0](tokens, positions, None, labels=labels)
@@ -83,11 +83,11 @@ def kept(overrides: Sequence[str]) -> dict[str, Any]:
         return {"kept bytes": sum(storage.nbytes() for storage in storages.values())}
 
 
-def stepped(overrides: Sequence[str]) -> dict[str, Any]:
+def stepped(overrides: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:
     """Numbers of each step, and what is trained in the end: master weights and routers' biases."""
     from dsplugins.step import Progress, take_step
 
-    with _assembled(overrides) as run:
+    with _assembled(recipe, overrides) as run:
         steps, progress = [], Progress()
         while not steps or steps[-1].tokens < run.plan.train.tokens:
             steps.append(take_step(run, progress))
@@ -101,7 +101,7 @@ def stepped(overrides: Sequence[str]) -> dict[str, Any]:
         }
 
 
-def ran(overrides: Sequence[str]) -> dict[str, Any]:
+def ran(overrides: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:
     """What the command leaves in the folder where it is called: rows of metrics, evaluations, files."""
     from dsplugins import train
     from dsplugins.recipe import Recipe
@@ -119,7 +119,7 @@ def ran(overrides: Sequence[str]) -> dict[str, Any]:
         mock.patch.object(Display, "evaluation", note),
         mock.patch("torch.distributed.destroy_process_group"),  # it is the worker's, and goes on
     ):
-        train.train(Recipe.load(RECIPE, overrides))
+        train.train(Recipe.load(recipe, overrides))
         files = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
         (metrics,) = Path(folder).rglob("metrics.jsonl")
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -132,32 +132,28 @@ def ran(overrides: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _world() -> Iterator[None]:
-    """This worker's world as torchrun would describe it; what core keeps for a process is forgotten."""
+    """This worker's world as torchrun would describe it."""
     import torch
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from dsplugins.testing import temporary_groups
 
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    MTPLossLoggingHelper.tracker.clear()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     described = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     with mock.patch.dict(os.environ, described), temporary_groups():
         yield
 
 
 @contextlib.contextmanager
-def _assembled(overrides: Sequence[str]) -> Iterator[Any]:
+def _assembled(recipe: str, overrides: Sequence[str]) -> Iterator[Any]:
     from dsplugins.assemble import assemble
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
 
-    recipe = Recipe.load(RECIPE, overrides)
-    plugins, plan = prepare(recipe)
+    loaded = Recipe.load(recipe, overrides)
+    plugins, plan = prepare(loaded)
     with _world():
         platform = plugins.slot("platform", plan=plan)
-        yield assemble(recipe, plan, plugins, platform, platform.prepare(0))
+        yield assemble(loaded, plan, plugins, platform, platform.prepare(0))
 
 
 def _parameters(run: Any) -> list[tuple[str, Any]]:
