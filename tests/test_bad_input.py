@@ -30,7 +30,7 @@ def write(folder, text):
 
 def train(folder, *arguments):
     line = [sys.executable, "-m", "dsplugins", "train", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, timeout=120)
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
 def test_a_good_recipe_has_no_problems():

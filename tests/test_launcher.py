@@ -37,7 +37,7 @@ def started(program):
     return subprocess.Popen(line, start_new_session=True)
 
 
-def until(there, seconds=60.0):
+def until(there, seconds=120.0):
     """Wait until `there()` is true."""
     deadline = time.monotonic() + seconds
     while not there():
@@ -130,7 +130,7 @@ def test_a_signal_reaches_every_rank_once(tmp_path, number):
     process = started(f"folder, wanted = {str(tmp_path)!r}, signal.{number.name}\n{STOPS}")
     until(lambda: ready(tmp_path))
     os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to the whole group
-    assert process.wait(60) == 75
+    assert process.wait(120) == 75
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["stop ", "stop "]
 
 
@@ -165,7 +165,7 @@ time.sleep(120)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(5 * launcher.PERIOD)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(120) == 128 + signal.SIGTERM
 
 
 def test_what_nohup_switched_off_stays_off(monkeypatch):

@@ -109,7 +109,7 @@ class Place:
             text=True,
             cwd=self.folder,
             env=self.environment | environment,
-            timeout=120,
+            timeout=300,
         )
         self.seconds = time.monotonic() - began
         return done.returncode, done.stdout + done.stderr
