@@ -12,6 +12,7 @@ import pytest
 import shrunk
 
 from dsplugins.recipe import Recipe
+from dsplugins.schedules import Schedule, parse_tokens
 
 ASPECTS = {
     "shapes": shrunk.built,
@@ -145,12 +146,29 @@ NEEDED = {
     "te": "slot backend is empty",
 }
 """Plugins that can't be swapped for another one here: without them the recipe is refused."""
+SCHEDULES = (
+    "train.global_batch",
+    "train.learning_rate",
+    "plugins.aux_free.update_rate",
+    "plugins.mtp.weight",
+)
+OTHER = {
+    int: lambda number: number + 1,
+    float: lambda number: number + 1.0e-6,
+    str: lambda text: {"2000 steps": "1900 steps", "cosine": "linear"}.get(text) or sooner(text),
+}
+"""Type of a value in a schedule -> another value in its place."""
 CASES = {
     **{f"model.{field}": case for field, case in MODEL.items()},
     **SECTIONS,
     **{f"plugins.{option}": case for option, case in OPTIONS.items()},
     **{f"plugins.{name}": case for name, case in OWNERS.items()},
 }
+
+
+def sooner(count):
+    """A count of tokens, 1% less."""
+    return parse_tokens(count) * 99 // 100
 
 
 def keys():
@@ -201,6 +219,27 @@ def test_a_dead_key_would_be_found(look):
     dead = ("model.masked_softmax_fusion=false",)
     for job in set(ASPECTS.values()):
         assert look(job, 1, dead) == look(job, 1, ())
+
+
+@pytest.mark.parametrize("key", SCHEDULES)
+def test_every_number_of_a_schedule_comes_into_force(key):
+    section, *inner = key.split(".")
+    recipe = Recipe.load(shrunk.RECIPE)
+    values = recipe.plugins if section == "plugins" else recipe.sections[section]
+    for name in inner:
+        values = values[name]
+    course = course_of(values)
+    for index, phase in enumerate(values):
+        for field, value in phase.items():
+            changed = [*values[:index], phase | {field: OTHER[type(value)](value)}, *values[index + 1 :]]
+            assert course_of(changed) != course, f"{key}.{index}.{field}"
+
+
+def course_of(phases):
+    """A schedule's values over the whole run, at the report's batch of 15360 sequences of 4096 tokens."""
+    batch, points = 15360 * 4096, range(0, 14_800_000_000_000, 5_000_000_000)
+    schedule = Schedule.parse(phases)
+    return [schedule.at(tokens // batch, tokens) for tokens in points]
 
 
 @pytest.mark.parametrize("name", NEEDED)
