@@ -79,7 +79,7 @@ class Workers:
     A pool in which a job failed is thrown away: its ranks may be out of step with each other.
     """
 
-    def __init__(self, size: int, timeout: float = 120.0) -> None:
+    def __init__(self, size: int, timeout: float = 300.0) -> None:
         self.size = size
         self.timeout = timeout
         self._processes: list[Any] = []
