@@ -12,8 +12,6 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import grouped_mm
 
-from dsplugins.plugins.experts.host_product import HostProduct
-
 
 class GroupedExperts(MegatronModule):
     """This rank's routed experts as two packed weights and two grouped products (report, 2.1.2).
@@ -67,8 +65,8 @@ class GroupedExperts(MegatronModule):
             # a rank that leaves one out leaves the others waiting.
             return (tokens * scale).to(tokens.dtype) + 0.0 * (self.weight1.sum() + self.weight2.sum()), None
         ends = tokens_per_expert.to(device=tokens.device).cumsum(0).to(torch.int32)
-        inner = self._activated(_product(tokens, self.weight1, ends), scale)
-        return _product(inner, self.weight2, ends), None
+        inner = self._activated(grouped_mm(tokens, self.weight1.transpose(1, 2), offs=ends), scale)
+        return grouped_mm(inner, self.weight2.transpose(1, 2), offs=ends), None
 
     def _activated(self, inner: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """SwiGLU times probs: [T, 2I], [T, 1] -> [T, I]; `bias_activation_fusion` takes core's fused one."""
@@ -104,11 +102,3 @@ class GroupedExperts(MegatronModule):
                     tensor = apply_swiglu_sharded_factory(tensor, offsets, alone)
                 sharded[f"{prefix}local_experts.{index}.{layer}.weight"] = tensor
         return sharded
-
-
-def _product(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows [T, K] sorted by expert times weight [E, N, K]: [T, N]."""
-    if rows.device.type == "cpu":
-        product: torch.Tensor = HostProduct.apply(rows, weight, ends)
-        return product
-    return grouped_mm(rows, weight.transpose(1, 2), offs=ends)

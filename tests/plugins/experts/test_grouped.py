@@ -80,36 +80,6 @@ def test_every_bit_is_sequentials(single, dtype, fused, case):
         assert not gradient[idle].any() and gradient[~idle].flatten(1).any(1).all()
 
 
-def summed(experts, config, batches: int) -> list[torch.Tensor]:
-    """Core's FP32 sums of both weights' gradients [E, ...] over `batches` micro-batches."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from oracles.tiny_moe import noise
-
-    wrapping = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    DistributedDataParallel(config, wrapping, experts).zero_grad_buffer()
-    for batch in range(batches):
-        counts = torch.tensor(COUNTS["some empty"]).roll(batch)
-        tokens = noise(int(counts.sum()), H, seed=batch).bfloat16().requires_grad_()
-        output, _ = experts(tokens, counts, torch.sigmoid(noise(len(tokens), seed=4)))
-        output.float().square().sum().backward()
-    if hasattr(experts, "weight1"):
-        return [experts.weight1.main_grad, experts.weight2.main_grad]
-    linears = [(e.linear_fc1.weight.main_grad, e.linear_fc2.weight.main_grad) for e in experts.local_experts]
-    return [torch.stack(sums) for sums in zip(*linears, strict=True)]
-
-
-@pytest.mark.parametrize("batches", [1, 3])
-def test_cores_sums_are_sequentials(single, batches):
-    """Grouped experts add to them on their own: neither twice nor never, and rounded as core would."""
-    from oracles.tiny_moe import moe_config
-
-    config = moe_config(**half(torch.bfloat16))
-    theirs, mine = (summed(experts, config, batches) for experts in pair(config))
-    for ours, expected in zip(mine, theirs, strict=True):
-        assert ours.dtype == torch.float32 and ours.any()
-        assert torch.equal(ours, expected)
-
-
 def test_probs_come_before_the_second_product(single):
     """Twice the probs, twice the output; and not on the input, which SwiGLU would square."""
     from oracles.tiny_moe import moe_config, noise
