@@ -9,6 +9,7 @@ import shrunk
 LAYOUT = (
     "parallel={pipeline: 2, expert: 2}",
     "model.pipeline_model_parallel_layout=Et|ttmL",
+    "train.micro_batch=2",
     "run.world_size=4",
 )
 # Every phase of the report at a 10^-10th of its tokens, with the report's rates. Batches are a size.
