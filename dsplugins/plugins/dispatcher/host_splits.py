@@ -1,4 +1,4 @@
-"""megatron-core's all-to-all dispatcher, also where there is no device to wait for."""
+"""megatron-core's all-to-all dispatcher, also where there is no device or no other rank to wait for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,32 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
 
     Core makes them arrays while it copies them from the device (`maybe_move_tensor_to_cpu`) and leaves
     alone what is on the CPU already; no all-to-all takes tensors as sizes.
+
+    Where one rank holds all experts, the first permutation has already sorted the tokens by expert; core
+    sorts them once more, after the all-to-all, and back: four copies of all tokens in a step, left out here.
     """
+
+    tokens_per_expert: torch.Tensor | None
+
+    @property
+    def _alone(self) -> bool:
+        """Whether chunks arrive in the order in which they are wanted: from this rank, expert by expert."""
+        return self.ep_size * self.tp_size == 1
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Tokens [T, H] sorted by this rank's experts, counts [E], probs [T]."""
+        if not self._alone:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        counts = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
+        counts = self._maybe_dtoh_and_synchronize("before_finish", counts)
+        self.tokens_per_expert = None
+        return global_input_tokens, counts, global_probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Outputs [T, H] in the order in which the tokens came from their ranks."""
+        return hidden_states if self._alone else super().combine_preprocess(hidden_states)
 
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: torch.Tensor | None = None

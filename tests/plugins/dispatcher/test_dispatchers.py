@@ -134,6 +134,28 @@ def test_grouped_and_sequential_agree_to_the_bit(workers, dispatcher):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_one_rank_sorts_once(single):
+    """What core's own dispatcher gives, bit for bit, without its second sort of what is sorted already."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from oracles.tiny_moe import groups, moe_config
+
+    config = moe_config()
+    given = []
+    for factory in (AllToAll().ds_dispatcher(config), MoEAlltoAllTokenDispatcher):
+        carrier = factory(E, list(range(E)), config=config, pg_collection=groups())
+        tokens, probs, routing_map = routed("spread")
+        tokens.requires_grad_()
+        sent, scale = carrier.token_dispatch(*carrier.dispatch_preprocess(tokens, routing_map, probs))
+        sorted_, counts, sorted_scale = carrier.dispatch_postprocess(sent, scale)
+        back = carrier.combine_preprocess(sorted_ * sorted_scale.unsqueeze(-1))
+        output = carrier.combine_postprocess(carrier.token_combine(back))
+        output.square().sum().backward()
+        given.append([sorted_, counts, sorted_scale, output, tokens.grad])
+        copied = sorted_.data_ptr() != sent.data_ptr()
+        assert copied is (factory is MoEAlltoAllTokenDispatcher)
+    assert all(torch.equal(mine, cores) for mine, cores in zip(*given, strict=True))
+
+
 def test_on_a_device_core_waits_itself(single, monkeypatch):
     """Also at the points where the counts have left the device and only the wait is to be done."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
