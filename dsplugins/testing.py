@@ -17,6 +17,7 @@ Importing megatron-core takes seconds, so the processes are started once and reu
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from multiprocessing import connection
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 GRACE = 5.0
 """Seconds that the other ranks get to answer once one has failed; they may hang in a collective."""
+DDP_HOOK = "DistributedDataParallel._make_backward_post_hook."
+"""Where megatron-core makes the hooks that keep a model alive."""
 START = 180.0
 """Seconds that a pool may take to start: the import of megatron-core on a busy machine."""
 
@@ -304,9 +307,23 @@ def temporary_groups() -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        _let_go()
         for group in set(dist.distributed_c10d._world.pg_map) - before:
             dist.destroy_process_group(group)
         _forget()
+
+
+def _let_go() -> None:
+    """Free models that are no longer used, with their process groups, which have three threads each.
+
+    A hook of core's DDP on each gradient's autograd node holds the model, and the model the node, where no
+    garbage collector sees it.
+    """
+    for thing in gc.get_objects():
+        if isinstance(thing, FunctionType) and thing.__qualname__.startswith(DDP_HOOK):
+            for cell in thing.__closure__ or ():
+                cell.cell_contents = None
+    gc.collect()
 
 
 def _forget() -> None:

@@ -40,6 +40,17 @@ def threads():
     return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
 
 
+def threads_of_the_process_after_runs():
+    from runs import assembled
+
+    counted = []
+    for _ in range(4):
+        with assembled(["train.steps=1"]):
+            pass
+        counted.append(len(os.listdir("/proc/self/task")))
+    return counted
+
+
 def fails_on_one():
     import torch.distributed as dist
 
@@ -72,6 +83,13 @@ def test_no_process_group_is_left_behind(workers):
 
 def test_one_thread_a_worker(workers):
     assert workers(2).run(threads) == [(1, "1")] * 2
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in Linux's way")
+def test_models_do_not_pile_up_with_their_groups(workers):
+    (counted,) = workers(1).run(threads_of_the_process_after_runs)
+    # A model has some 20 process groups of three threads each; the last one is freed by the next.
+    assert counted[-1] - counted[0] < 20, counted
 
 
 def test_single_is_a_world_of_one(single):
