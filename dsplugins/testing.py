@@ -320,7 +320,7 @@ def _let_go() -> None:
     garbage collector sees it.
     """
     for thing in gc.get_objects():
-        if isinstance(thing, FunctionType) and thing.__qualname__.startswith(DDP_HOOK):
+        if type(thing) is FunctionType and thing.__qualname__.startswith(DDP_HOOK):
             for cell in thing.__closure__ or ():
                 cell.cell_contents = None
     gc.collect()
