@@ -60,7 +60,8 @@ def _balance(settings: Settings) -> Wishes:
     weighted = any(weight) if isinstance(weight, list | tuple) else bool(weight)
     if (weighted or "moe_aux_loss_coeff" in settings.scheduled) and not set(kinds) & set(LOSSES):
         yield "moe_aux_loss_coeff", f"moe_aux_loss_coeff={weight} has no effect with {field}={kinds}"
-    if set(kinds) & set(LOSSES) and "model.moe_aux_loss_coeff" not in settings.writers:
+    asked = f"model.{field}" in settings.writers  # core's own default is a loss with the weight 0
+    if asked and set(kinds) & set(LOSSES) and "model.moe_aux_loss_coeff" not in settings.writers:
         yield field, f"{field}={kinds} balances nothing: nobody gave moe_aux_loss_coeff"
 
 
