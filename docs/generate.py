@@ -204,7 +204,7 @@ def cli() -> Iterator[str]:
     yield "# Commands"
     yield NOTE.format(source="dsplugins/cli/")
     # As `main` makes it: a bare Context would lack the group's settings, such as `-h`.
-    context = group.make_context("dsplugins", [], resilient_parsing=True)
+    context = group.make_context("dsplugins", [], resilient_parsing=True, terminal_width=80)
     yield from _command(group, context, 1)
     yield "## Exit codes\n" + "\n".join(table(["code", "meaning"], [[str(k), v] for k, v in CODES.items()]))
     yield "`torchrun` turns every worker's code into 1; a run's `status.json` keeps code and reason."

@@ -48,7 +48,7 @@ class Gpt:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
-        """Dense layers that leave no experts, or a vocabulary that can't be split."""
+        """Dense layers that leave no experts, biased shared experts, a vocabulary that can't be split."""
         dense, layers = self.options.dense_layers, settings.model.num_layers
         if dense and not settings.model.num_moe_experts:
             yield Problem(
@@ -61,6 +61,12 @@ class Gpt:
                 f"plugins.gpt.dense_layers={dense} leaves none of model.num_layers={layers} for the experts",
                 key="plugins.gpt.dense_layers",
                 remedy=f"at most {layers - 1}",
+            )
+        if settings.model.add_bias_linear and settings.model.moe_shared_expert_intermediate_size:
+            yield Problem(
+                "model.add_bias_linear=True: megatron-core's shared experts have no biases",
+                key="model.add_bias_linear",
+                remedy="set it to false, or leave model.moe_shared_expert_intermediate_size out",
             )
         tensor = plan.layout.tensor
         if settings.vocab_size % tensor:

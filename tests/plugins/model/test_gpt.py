@@ -12,8 +12,9 @@ def plan(tensor: int = 1, **model):
     return SimpleNamespace(model=model, layout=SimpleNamespace(tensor=tensor))
 
 
-def problems(dense: int, layers: int = 3, experts: int | None = 8, tensor: int = 1) -> list[str]:
-    model = SimpleNamespace(num_layers=layers, num_moe_experts=experts)
+def problems(dense: int, layers: int = 3, experts: int | None = 8, tensor: int = 1, **more) -> list[str]:
+    model = dict(num_layers=layers, num_moe_experts=experts, add_bias_linear=False) | more
+    model = SimpleNamespace(**{"moe_shared_expert_intermediate_size": None} | model)
     settings = SimpleNamespace(model=model, vocab_size=160)
     return [p.key for p in Gpt(GptOptions(dense_layers=dense)).ds_check(plan(tensor), settings)]
 
@@ -31,6 +32,9 @@ def test_problems():
     assert problems(3) == ["plugins.gpt.dense_layers"]
     assert problems(1, experts=None) == ["plugins.gpt.dense_layers"]
     assert problems(1, tensor=3) == ["model.vocab_size"]
+    assert problems(1, add_bias_linear=True) == []
+    biased = problems(1, add_bias_linear=True, moe_shared_expert_intermediate_size=64)
+    assert biased == ["model.add_bias_linear"]
 
 
 def test_builds_quietly_with_an_untied_head(single, caplog):
