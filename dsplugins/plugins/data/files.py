@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsplugins.contracts import EnvironmentUnfit
-from dsplugins.plugins.data.draws import draws, shuffled
+from dsplugins.corpora.draws import draws, shuffled
 
 # Installed packages differ from machine to machine; the build's own settings hold its paths.
 NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "config-*", "_sysconfigdata*.py")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dsplugins.plugins.data.draws import draws, shuffled
+from dsplugins.corpora.draws import draws, shuffled
 from dsplugins.plugins.data.tokens import Tokens, joined
 
 

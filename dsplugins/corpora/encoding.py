@@ -1,0 +1,90 @@
+"""A task's documents as tokens: the part of a build that several processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsplugins.corpora.documents import Bad, Document, documents
+from dsplugins.corpora.fim import cuts
+from dsplugins.corpora.sources import Piece
+from dsplugins.corpora.tokenizer import TokenizerFile
+
+WIDE = 65500
+"""Vocabularies below this are written in 16 bits, as megatron-core's `DType.optimal_dtype` has it."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How documents become tokens; sent to each process once."""
+
+    tokenizer: TokenizerFile
+    key: str
+    fim_rate: float
+    seed: int
+
+    def __call__(self, task: Sequence[Piece]) -> Encoded:
+        """All documents of a task, in order."""
+        bad: list[Bad] = []
+        good: list[Document] = []
+        for piece in task:
+            for found in documents(piece, self.key):
+                (bad if isinstance(found, Bad) else good).append(found)  # type: ignore[arg-type]
+        parts = [self._parts(document) for document in good]
+        ids = self.tokenizer.encode([text for pieces in parts for text in pieces])
+        whole = [self._joined([next(ids) for _ in pieces]) for pieces in parts]
+        dtype = np.uint16 if self.tokenizer.vocab_size < WIDE else np.int32
+        return Encoded(
+            tokens=np.array([token for document in whole for token in document], dtype=dtype),
+            lengths=np.array([len(document) for document in whole], dtype=np.int64),
+            sizes=np.array([document.size for document in good], dtype=np.int64),
+            turned=sum(len(pieces) > 1 for pieces in parts),
+            read=sum(piece.stop - piece.start for piece in task),
+            bad=bad,
+        )
+
+    def _parts(self, document: Document) -> tuple[str, ...]:
+        """The text, or prefix, suffix and middle of a document that is turned."""
+        text = document.text
+        cut = cuts(document.name, len(text), seed=self.seed, rate=self.fim_rate)
+        if cut is None:
+            return (text,)
+        low, high = cut
+        return text[:low], text[high:], text[low:high]
+
+    def _joined(self, parts: Sequence[list[int]]) -> list[int]:
+        """Tokens of a document, `eos` included; three parts in prefix-suffix-middle form."""
+        ids = self.tokenizer.ids
+        if len(parts) == 1:
+            return [*parts[0], _known(ids["eos"])]
+        begin, hole, end = (_known(ids[mark]) for mark in ("fim_begin", "fim_hole", "fim_end"))
+        prefix, suffix, middle = parts
+        return [begin, *prefix, hole, *suffix, end, *middle, _known(ids["eos"])]
+
+
+def _known(token: int | None) -> int:
+    assert token is not None, "build refuses a tokenizer without the marks that it needs"
+    return token
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a process sends back."""
+
+    tokens: NDArray[np.generic]
+    """Of all documents, end to end."""
+    lengths: NDArray[np.int64]
+    """Tokens of each document."""
+    sizes: NDArray[np.int64]
+    """Bytes of each document's text."""
+    turned: int
+    """Documents in fill-in-middle form."""
+    read: int
+    """Bytes of the input."""
+    bad: list[Bad] = field(default_factory=list)
+
+
+__all__ = ["Encoded", "Encoder"]

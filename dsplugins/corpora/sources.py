@@ -1,0 +1,97 @@
+"""Which documents a corpus is made of: inputs -> pieces of files, the same whatever reads them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LINES = (".jsonl", ".ndjson")
+"""Endings of files with one JSON object a line; every other file is one document."""
+PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet")
+PIECE = 1 << 20
+"""Bytes that are worth sending to another process."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One input file."""
+
+    path: Path
+    name: str
+    """Below the folder that was given, with `/`, or the file's own: what documents are named after."""
+    size: int
+
+    @property
+    def lines(self) -> bool:
+        """Whether a line is a document, not the file."""
+        return self.path.suffix in LINES
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Whole lines of a file, or all of it."""
+
+    file: File
+    start: int = 0
+    stop: int = 0
+    """Bytes [start, stop)."""
+    first_line: int = 1
+    """Number of the line at `start`."""
+
+
+def find(inputs: Sequence[Path], patterns: Sequence[str]) -> list[File]:
+    """Files of the inputs: a file itself, a folder's files whose names match, sorted by name.
+
+    Raises ValueError for an input without files, and for packed ones.
+    """
+    files: list[File] = []
+    for given in inputs:
+        found = list(_below(given, patterns)) if given.is_dir() else [File(given, given.name, _size(given))]
+        if not found:
+            raise ValueError(f"{given} has no files like {', '.join(patterns)}: give a --pattern")
+        files += found
+    packed = next((file.path for file in files if file.path.suffix in PACKED), None)
+    if packed:
+        raise ValueError(f"{packed} is packed: unpack it first, inputs are JSONL or plain text")
+    return files
+
+
+def _below(folder: Path, patterns: Sequence[str]) -> Iterator[File]:
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    for name in sorted(paths):
+        if any(fnmatch.fnmatchcase(paths[name].name, pattern) for pattern in patterns):
+            yield File(paths[name], name, _size(paths[name]))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def tasks(files: Sequence[File], size: int = PIECE) -> Iterator[tuple[Piece, ...]]:
+    """Pieces in order, in bundles of about `size` bytes; files alone decide where they are cut."""
+    bundle: list[Piece] = []
+    held = 0
+    for file in files:
+        for piece in _cut(file, size) if file.lines else (Piece(file, 0, file.size),):
+            bundle.append(piece)
+            held += piece.stop - piece.start
+            if held >= size:
+                yield tuple(bundle)
+                bundle, held = [], 0
+    if bundle:
+        yield tuple(bundle)
+
+
+def _cut(file: File, size: int) -> Iterator[Piece]:
+    """A file of lines in pieces of `size` bytes and the rest of the line that they end in."""
+    start, line = 0, 1
+    with file.path.open("rb") as stream:
+        while block := stream.read(size):
+            block += stream.readline()
+            yield Piece(file, start, start + len(block), line)
+            start, line = start + len(block), line + block.count(b"\n")
+
+
+__all__ = ["File", "Piece", "find", "tasks"]
