@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from dsplugins.contracts import Data
-
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -46,8 +44,3 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torc
     """megatron-core's forward step: one micro-batch through one model chunk."""
     tokens, labels, positions = next(batches)
     return model(tokens, positions, None, labels=labels), mean_loss
-
-
-def sampler(data: Data, split: str) -> Callable[[int], torch.Tensor]:
-    """`train` or `validation` samples by index."""
-    return data.train if split == "train" else data.validation

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-CONTRACT = (1, 1)
+CONTRACT = (1, 2)
 """Version of this contract: (major, minor). A plugin class may say `contract = ">=1.0,<2"`."""
 
 SLOTS = (
@@ -194,7 +194,8 @@ class Data(Protocol):
     vocab_size: int
     """Token ids are below this."""
     facts: Mapping[str, Any]
-    """What to show at the start: files, bytes, tokens of each split."""
+    """What to show at the start: files, bytes, tokens of each split. Of `validation_bytes` and
+    `validation_tokens`, where they are there, bits per byte are made."""
 
     def train(self, index: int) -> torch.Tensor:
         """Training sample `index`, any from 0 on: int64 [S + 1]. Pure: same index, same tokens."""
@@ -293,6 +294,12 @@ class Evaluation:
     mtp_acceptance: float | None
     """Share of positions where MTP's token is the main model's own next one (greedy)."""
     sequences: int
+    bits_per_byte: float | None = None
+    """`loss` in bits over the bytes of text; None where the data don't tell how many a token has."""
+    max_vio: float | None = None
+    """(max load - mean load) / mean load over the whole evaluation, mean over layers."""
+    expert_load: Mapping[str, tuple[int, ...]] | None = None
+    """Layer (`decoder.3`, ..., `mtp.0`) -> tokens that each of its E experts got; None without experts."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from dsplugins.recipe import Recipe
 
 FILES = (
-    *("metrics.jsonl", "recipe.yaml", "recipe.resolved.yaml", "plugins.lock.json", "changes.jsonl"),
+    *(
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "recipe.yaml",
+        "recipe.resolved.yaml",
+        "plugins.lock.json",
+        "changes.jsonl",
+    ),
     *("built.json", "run.json"),
 )
 STOPPED = 75
@@ -109,20 +116,9 @@ class RunDirectory:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _rewind(self, step: int) -> None:
-        """Forget what was logged after `step`, and a last line that was not written whole."""
-        file = self.path / "metrics.jsonl"
-        kept = []
-        for line in file.read_text().splitlines() if file.exists() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["step"] > step:
-                break
-            kept.append(line + "\n")
-        partial = self.path / "metrics.jsonl.partial"
-        partial.write_text("".join(kept))
-        os.replace(partial, file)
+        """Forget what was logged after `step`."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            _cut(self.path / name, step)
         (self.path / "run.json").unlink(missing_ok=True)
 
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
@@ -132,6 +128,11 @@ class RunDirectory:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one step to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def log_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Append one evaluation to `evaluations.jsonl`."""
+        with (self.path / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def end(self, code: int, reason: str, *, overrule: bool = False, **facts: Any) -> dict[str, Any]:
@@ -172,6 +173,22 @@ class RunDirectory:
 
     def _unfit(self, error: OSError) -> EnvironmentUnfit:
         return EnvironmentUnfit(f"run.directory {self.path} can't be written: {error.strerror}")
+
+
+def _cut(file: Path, step: int) -> None:
+    """Keep a log's lines up to `step`, without a last one that was not written whole."""
+    kept = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line + "\n")
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, file)
 
 
 def versions() -> dict[str, str]:

@@ -74,8 +74,9 @@ class Display:
 
     def evaluation(self, found: Evaluation, baselines: Mapping[str, float]) -> None:
         """Validation loss beside models that anyone should beat."""
+        bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
         self.say(
-            f"validation at step {found.step}: loss {found.loss:.5f} nats a token "
+            f"validation at step {found.step}: loss {found.loss:.5f} nats a token{bits} "
             f"({found.sequences} sequences)"
         )
         for name, value in baselines.items():

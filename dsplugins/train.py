@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import changes, process_group
+from dsplugins import changes, environment, process_group
 from dsplugins.contracts import Evaluation, RunEnd, Step, Train
 from dsplugins.plan import prepare
 from dsplugins.quiet import quiet
@@ -34,10 +34,13 @@ def train(recipe: Recipe, fresh: bool = False) -> None:
     quiet()
     plugins, plan = prepare(recipe)
     process_group.right_world(plan)
+    environment.provide(plugins)
     display = Display(speaks=os.environ.get("RANK", "0") == "0")
     try:
         platform = plugins.slot("platform", plan=plan)
         device = platform.prepare(int(os.environ.get("LOCAL_RANK", "0")))
+        process_group.start(platform, plan)
+        process_group.nodes_fit(Path(plan.run.directory))
         from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
 
         run = assemble(recipe, plan, plugins, platform, device)
@@ -149,6 +152,7 @@ class Loop:
             "parameters": f"{total:,} total, {activated:,} activated a token (with MTP, embedding and head)",
             "tokens a step": f"{batch * self.plan.data.seq_length:,} at the start",
             "gradients": str(run.chain),
+            **{"environment": line for line in [", ".join(environment.told(self.plugins))] if line},
             "data": ", ".join(f"{k} {v}" for k, v in run.data.facts.items()),
             "run directory": str(self.directory.path),
         }
@@ -166,9 +170,10 @@ class Loop:
     def _evaluate(self, done: int) -> None:
         from dsplugins.evaluate import evaluate
 
-        run = self.assembly
-        self.evaluation = evaluate(self.plan, run.data, run.chunks, run.forward_backward, done, run.device)
+        self.evaluation = evaluate(self.assembly, done)
         self.plugins.event("ds_evaluated", evaluation=self.evaluation)
+        if self.leads:
+            self.directory.log_evaluation(vars(self.evaluation))
         self.display.evaluation(self.evaluation, self.baselines)
 
     def _finish(self, done: int) -> None:
@@ -198,7 +203,7 @@ class Loop:
         }
 
     def _completion(self) -> tuple[str, str, str] | None:
-        from dsplugins.evaluate import complete
+        from dsplugins.completion import complete
 
         run = self.assembly
         prompt = run.data.prompt() if self.plan.evaluate.sequences else None
@@ -206,7 +211,7 @@ class Loop:
             return None
         tokens, truth = prompt
         length = min(48, self.plan.data.seq_length // 4)
-        written = complete(self.plan, tokens, length, run.chunks, run.forward_backward, run.device)
+        written = complete(run, tokens, length)
         texts = (run.data.decode(tokens), run.data.decode(written), truth)
         self.display.completion(*texts)
         return texts

@@ -43,5 +43,5 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict[str, Any]:
             progress = progress.after(step.global_batch)
             rows.append(as_row(step, run.plan.data.seq_length))
             counts.append(step.expert_counts.tolist() if step.expert_counts is not None else None)
-        found = evaluate(run.plan, run.data, run.chunks, run.forward_backward, progress.steps, run.device)
+        found = evaluate(run, progress.steps)
     return {"rows": rows, "counts": counts, "evaluation": vars(found)}

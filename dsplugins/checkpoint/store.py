@@ -96,14 +96,17 @@ def _told(error: dcp.CheckpointException) -> str:
     return "; ".join(sorted(causes))
 
 
-def newest_good(folder: Path, group: dist.ProcessGroup) -> tuple[Checkpoint | None, list[str]]:
+def newest_good(
+    folder: Path, group: dist.ProcessGroup, step: int | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with newer ones.
 
-    Collective over `group`: the ranks share the reading.
+    With `step` only that of this step counts. Collective over `group`: the ranks share the reading.
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     damaged: list[str] = []
-    shared: list[Any] = [finished(folder)] if rank == 0 else [None]
+    counted = [c for c in finished(folder) if step in (None, c.step)] if rank == 0 else None
+    shared: list[Any] = [counted]
     dist.broadcast_object_list(shared, group_src=0, group=group)
     for checkpoint in shared[0]:
         found = _together(group, bound(_faults, checkpoint, rank, ranks))

@@ -9,8 +9,11 @@ import click
 
 COMMANDS = {
     "train": "Train a recipe.",
+    "launch": "Start a recipe on many machines: Slurm, Kubernetes, torchrun.",
     "check": "Build a recipe's stages without memory, count parameters, find what is wrong.",
     "explain": "Show every effective value of a recipe with its origin, and who owns each slot.",
+    "evaluate": "Evaluate a run's checkpoint: loss, bits per byte, MTP, experts' load.",
+    "data": "Make a corpus from text, or look at one.",
     "diff": "Show how two runs were made differently.",
     "plugins": "List installed plugins, or show one.",
     "recipes": "List shipped recipes.",

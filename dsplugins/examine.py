@@ -1,0 +1,69 @@
+"""One rank's look at a run that stands on disk: its weights, in any layout, and an evaluation of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsplugins import changes, process_group
+from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.plan import prepare
+from dsplugins.quiet import quiet
+
+if TYPE_CHECKING:
+    from dsplugins.assemble import Assembly
+    from dsplugins.recipe import Recipe
+
+
+def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[str, Any]:
+    """Evaluate the newest good checkpoint of the run in `directory`, or the one of `step`; collective.
+
+    `recipe` may lay the model out differently than the run did. Nothing is written. Returns the checkpoint,
+    the fields of Evaluation, the data's baselines, and how `recipe` and plugins differ from the run's.
+
+    Raises EnvironmentUnfit where there is no such checkpoint, Unfit where it doesn't fit the model.
+    """
+    quiet()
+    plugins, plan = prepare(recipe)
+    process_group.right_world(plan)
+    platform = plugins.slot("platform", plan=plan)
+    device = platform.prepare(int(os.environ.get("LOCAL_RANK", "0")))
+    import torch
+
+    from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
+    from dsplugins.evaluate import evaluate
+
+    run = assemble(recipe, plan, plugins, platform, device)
+    path, done, told = _load_weights(run, directory / "checkpoints", step)
+    evaluation = evaluate(run, done)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return {
+        "checkpoint": str(path),
+        **vars(evaluation),
+        "baselines": dict(run.data.baselines()),
+        "differences": [str(change) for change in changes.since(directory, recipe, plugins)],
+        "damaged": told,
+    }
+
+
+def _load_weights(run: Assembly, folder: Path, step: int | None) -> tuple[Path, int, list[str]]:
+    """Fill the model; path and step of the checkpoint, and what was wrong with newer ones."""
+    import torch
+
+    from dsplugins.checkpoint import store
+    from dsplugins.checkpoint.pieces import pieces
+
+    group: Any = torch.distributed.new_group(backend="gloo")
+    found, told = store.newest_good(folder, group, step)
+    if found is None:
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        there = ", ".join(str(each.step) for each in store.finished(folder)) or "none"
+        raise EnvironmentUnfit(f"{folder} holds {wanted} that is whole (steps there: {there}); {told}")
+    weights = [piece for piece in pieces(run.chunks, run.optimizer) if piece.name.startswith("weights/")]
+    store.load(found, weights, group)
+    return found.path, found.step, told
+
+
+__all__ = ["examine"]
