@@ -186,11 +186,14 @@ def refused_batches(plan: Plan, plugins: Plugins) -> list[Problem]:
         return []
     allowed = [count for count in counts if count not in reasons]
     first, reason = next(iter(reasons.items()))
-    said = (
-        f"train.global_batch comes to {len(counts)} micro-batch counts a step, {spans(counts)}, of which "
-        f"{plan.slots['schedule']} refuses {len(reasons)}: {spans(list(reasons))}; why {first}: {reason}"
-    )
-    remedy = f"it allows {spans(allowed)}, " if allowed else "it allows none of them: "
+    owner = plan.slots["schedule"]
+    said = f"{owner} refuses train.global_batch: {reason}"
+    if len(counts) > 1:
+        said = (
+            f"train.global_batch comes to {len(counts)} micro-batch counts a step, {spans(counts)}, of which "
+            f"{owner} refuses {len(reasons)}: {spans(list(reasons))}; why {first}: {reason}"
+        )
+    remedy = f"{owner} allows {spans(allowed)}, " if allowed else ""
     remedy += f"a step has global batch / {unit} micro-batches; change the batch, the layout or the schedule"
     return [Problem(said, "train.global_batch", remedy)]
 

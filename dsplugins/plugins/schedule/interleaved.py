@@ -80,6 +80,7 @@ class Interleaved:
         return {
             "model.overlap_p2p_comm": True,
             "model.batch_p2p_comm": False,
+            "model.overlap_moe_expert_parallel_comm": False,
             "model.microbatch_group_size_per_vp_stage": self._group(plan),
         }
 

@@ -50,8 +50,12 @@ class OneFOneB:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
-        """Activations are sent and received in one batch, between two computations."""
-        return {"model.overlap_p2p_comm": False, "model.batch_p2p_comm": True}
+        """Activations are sent and received in one batch, between two computations; nothing is overlapped."""
+        return {
+            "model.overlap_p2p_comm": False,
+            "model.batch_p2p_comm": True,
+            "model.overlap_moe_expert_parallel_comm": False,
+        }
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
