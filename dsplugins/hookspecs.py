@@ -12,7 +12,8 @@ A plugin's class may also declare, as plain attributes:
 - `Options`, a dataclass: what a recipe may set below its name.
 - `contract`, the versions of this contract that it works with: `">=1.0,<2"`.
 - `requires` and `conflicts`, names of plugins or slots.
-- `env`, environment variables that it needs: `{"NAME": "value"}`.
+- `env`, environment variables that it needs: `{"NAME": "value"}`. `train` sets them before torch is
+  imported, and refuses to start with other values; `launch` exports them.
 - `stand_in`, for a plugin whose parts can't be made without a library or a GPU: the name of another plugin
   of its slot whose parts have the same parameters. `dsplugins check` builds with that one; a run never does.
 """

@@ -20,6 +20,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from dsplugins import hookspecs
 from dsplugins.contracts import CONTRACT, SLOTS, Problem, RecipeError
+from dsplugins.environment import contradictions
 from dsplugins.typed import build
 
 if TYPE_CHECKING:
@@ -318,6 +319,7 @@ def _declarations(chosen: Sequence[Chosen]) -> Iterable[Problem]:
         for other in getattr(item.plugin, "conflicts", ()):
             if other in names:
                 yield Problem(f"{key}: conflicts with {other}", key, f"drop one: `{other}: null`")
+    yield from contradictions(chosen)
 
 
 def _plain(options: Any) -> Any:

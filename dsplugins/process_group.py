@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import socket
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsplugins import rank
 from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.rundir import versions
 
@@ -15,9 +20,13 @@ if TYPE_CHECKING:
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
 
+Seen = tuple[str, bool, tuple[int, int] | None]
+"""What a rank tells of its node: host name, whether it sees rank 0's file, its two numbers."""
+
 
 def right_world(plan: Plan) -> None:
     """Raise EnvironmentUnfit unless as many processes were started as the recipe is written for."""
+    rank.refuse_doubled()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != plan.run.world_size:
         raise EnvironmentUnfit(
@@ -29,7 +38,8 @@ def right_world(plan: Plan) -> None:
 def start(platform: Platform, plan: Plan) -> int:
     """Join the other ranks; a single process without torchrun makes a group of one. Returns the rank.
 
-    A collective that a rank doesn't join within `run.timeout_minutes` fails on the others.
+    A collective that a rank doesn't join within `run.timeout_minutes` fails on the others. Raises
+    EnvironmentUnfit if another process has the port on which rank 0 waits for the others.
 
     A process group that is up already is used as it is: resident workers of tests train in theirs.
     """
@@ -40,7 +50,15 @@ def start(platform: Platform, plan: Plan) -> int:
     limit = timedelta(minutes=plan.run.timeout_minutes)
     backend = platform.distributed_backend
     if "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=limit)
+        try:
+            torch.distributed.init_process_group(backend, timeout=limit)
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise EnvironmentUnfit(
+                f"port {os.environ['MASTER_PORT']} of {socket.gethostname()} is in use, by another run or "
+                "by what is left of one: set MASTER_PORT to a free one"
+            ) from error
     else:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, timeout=limit, store=store, rank=0, world_size=1)
@@ -61,7 +79,71 @@ def agree(recipe: Recipe, plugins: Plugins) -> None:
     for what in mine:
         others = [rank for rank, theirs in enumerate(everyone) if theirs[what] != everyone[0][what]]
         if others:
-            shown = ", ".join(map(str, others[:8]))
             raise EnvironmentUnfit(
-                f"ranks {shown} have other {what} than rank 0: install and start the same everywhere"
+                f"ranks {_shown(others)} have other {what} than rank 0: install and start the same everywhere"
             )
+
+
+def _shown(ranks: Sequence[int]) -> str:
+    """The first few of them."""
+    return ", ".join(map(str, ranks[:8])) + (" and more" if len(ranks) > 8 else "")
+
+
+def nodes_fit(directory: Path) -> None:
+    """The nodes of a run see the same `directory`, and are numbered as their scheduler numbers them.
+
+    Collective. Raises EnvironmentUnfit on every rank. Does nothing where all ranks are on one machine.
+    """
+    if not rank.several_nodes():
+        return
+    import torch
+
+    mark = _mark(directory)
+    mine = (socket.gethostname(), mark is not None and mark.exists(), rank.node_numbers())
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    if mark and rank.number() == 0:
+        mark.unlink()
+    _same_folder(directory, everyone)
+    _same_order(everyone)
+
+
+def _mark(directory: Path) -> Path | None:
+    """A new file in rank 0's `directory`, told to all ranks; None if it can't be written there."""
+    import torch
+
+    name: list[str | None] = [None]
+    if rank.number() == 0:
+        name = [f".seen-{secrets.token_hex(8)}"]
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / str(name[0])).touch()
+        except OSError:
+            name = [None]
+    torch.distributed.broadcast_object_list(name)
+    return directory / name[0] if name[0] else None
+
+
+def _same_folder(directory: Path, everyone: Sequence[Seen]) -> None:
+    blind = [number for number, (_, sees, _) in enumerate(everyone) if not sees]
+    if not blind:
+        return
+    hosts = ", ".join(dict.fromkeys(everyone[number][0] for number in blind[:8]))
+    raise EnvironmentUnfit(
+        f"run.directory {directory} is not the same folder everywhere: ranks {_shown(blind)} ({hosts}) "
+        "don't see what rank 0 writes there: name one on storage that all nodes share, run.directory=..."
+    )
+
+
+def _same_order(everyone: Sequence[Seen]) -> None:
+    numbers = dict.fromkeys(numbers for _, _, numbers in everyone if numbers)
+    shuffled = {given for given, _ in numbers} == {
+        known for _, known in numbers
+    }  # else other things are meant
+    moved = [f"node {known} is node {given} of torchrun" for given, known in numbers if given != known]
+    if shuffled and moved:
+        raise EnvironmentUnfit(
+            f"nodes are shuffled, {', '.join(moved[:4])}: the rendezvous c10d numbers them as they come, so "
+            "that groups of ranks span distant nodes: give torchrun --node-rank, --master-addr and "
+            "--master-port instead, as `dsplugins launch` writes them"
+        )

@@ -33,7 +33,7 @@ def command(recipe: str, key: str | None, overrides: tuple[str, ...], as_json: b
     book = ledger(plan, plugins, loaded)
     if book.problems:
         raise RecipeError(loaded.located(book.problems))
-    rows = [*_slots(plugins), *_sections(loaded, plan), *_options(loaded, plugins)]
+    rows = [*_slots(plugins), *_environment(plugins), *_sections(loaded, plan), *_options(loaded, plugins)]
     rows += [(k, _show(v), book.writers[k]) for k, v in sorted(book.values.items())]
     if key:
         rows = [row for row in rows if row[0] == key or row[0].startswith(key + ".")]
@@ -52,6 +52,13 @@ def command(recipe: str, key: str | None, overrides: tuple[str, ...], as_json: b
 def _slots(plugins: Plugins) -> Iterator[tuple[str, str, str]]:
     for item in plugins:
         yield f"slot.{item.slot}", item.name, f"{item.offer.distribution} {item.offer.version}"
+
+
+def _environment(plugins: Plugins) -> Iterator[tuple[str, str, str]]:
+    from dsplugins.environment import declared
+
+    for plugin, name, value in declared(plugins):
+        yield f"environment.{name}", value, f"plugin {plugin}"
 
 
 def _sections(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, str]]:

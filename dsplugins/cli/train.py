@@ -26,11 +26,12 @@ def command(recipe: str, overrides: tuple[str, ...], fresh: bool, accept_changes
     An unfinished run goes on from its newest good checkpoint: give the same command again.
 
     Outside torchrun, starts `run.world_size` processes on this machine. Inside (`torchrun ... -m
-    dsplugins train RECIPE`), each process is one rank.
+    dsplugins train RECIPE`), and as one of several tasks of srun, each process is one rank.
     """
     from dsplugins import rank
     from dsplugins.recipe import Recipe
 
+    rank.adopt_srun()
     rank.end_with_launcher()
     loaded = Recipe.load(recipe, overrides)
     if rank.inside_torchrun():
@@ -83,13 +84,15 @@ def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
 
 def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) -> None:
     """Start the ranks on this machine and wait for them; their code is this process's."""
+    from dsplugins import environment
     from dsplugins.cli import exits
     from dsplugins.rundir import RunDirectory
 
-    plugins, plan = _prepare(recipe)
+    plugins, plan = prepared(recipe)
     world_size, run = plan.run.world_size, RunDirectory(Path(plan.run.directory))
     if _complete(run, recipe, plugins, fresh, accept):
         return
+    environment.provide(plugins)
     from dsplugins.launcher import run_local
 
     run.announce()
@@ -105,7 +108,7 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
     raise SystemExit(status["code"])
 
 
-def _prepare(recipe: Recipe) -> tuple[Plugins, Plan]:
+def prepared(recipe: Recipe) -> tuple[Plugins, Plan]:
     """Every problem that can be found without importing torch is found before a process is started."""
     from dsplugins.contracts import RecipeError
     from dsplugins.plan import survey

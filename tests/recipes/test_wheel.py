@@ -28,7 +28,7 @@ def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("dsplugins", "recipes"):
+    for name in ("dsplugins", "recipes", "launch"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     line = [*PIP, "wheel", *OFFLINE, "--wheel-dir", str(out), str(source)]
     subprocess.run(line, check=True, timeout=300)
@@ -54,8 +54,10 @@ def dsplugins(installed, cwd, *arguments):
 
 def test_recipes_are_inside_the_package_and_listed(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    inside = {n.removeprefix("dsplugins/_recipes/") for n in names if n.endswith(".yaml")}
+    inside = {n.removeprefix("dsplugins/_recipes/") for n in names if n.startswith("dsplugins/_recipes/")}
     assert inside == shipped()
+    templates = {Path(n).name for n in names if n.startswith("dsplugins/_launch/")}
+    assert templates == {file.name for file in (ROOT / "launch").iterdir() if file.suffix != ".sh"}
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dsplugins"}
 
@@ -63,6 +65,11 @@ def test_recipes_are_inside_the_package_and_listed(wheel):
 def test_the_command_finds_them_outside_of_a_checkout(installed, tmp_path):
     rows = json.loads(dsplugins(installed, tmp_path, "recipes", "--json"))
     assert {row["recipe"] for row in rows} == shipped() and all(row["about"] for row in rows)
+
+
+def test_launch_finds_its_templates_there(installed, tmp_path):
+    line = ["launch", "deepseek_v3/v3_671b.yaml", "--nodes", "256", "--on", "slurm", "--dry-run"]
+    assert "#SBATCH --nodes=256\n" in dsplugins(installed, tmp_path, *line)
 
 
 def test_a_shipped_recipe_extends_shipped_ones(installed, tmp_path):

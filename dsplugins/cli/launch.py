@@ -1,0 +1,142 @@
+"""`dsplugins launch RECIPE [KEY=VALUE ...] --nodes N --on slurm | kubernetes | torchrun`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dsplugins.launching.job import Cluster
+    from dsplugins.manager import Plugins
+
+TEMPLATES = {
+    ("slurm", "torchrun"): "slurm_torchrun.sbatch",
+    ("slurm", "srun"): "slurm_srun.sbatch",
+    ("kubernetes", "trainjob"): "trainjob.yaml",
+    ("kubernetes", "jobset"): "jobset.yaml",
+    ("torchrun", ""): "torchrun.txt",
+}
+"""(target, way) -> template; the first way of a target is its default."""
+SUBMIT = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f"]}
+
+
+class Word(click.ParamType):
+    """Text that means the same in a shell, in YAML and behind #SBATCH."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """The value, or a usage error if it has blanks, quotes or the like in it."""
+        if not re.fullmatch(r"[\w./:,@=+-]*", value):
+            self.fail(f"{value!r} has characters other than letters, digits and ./:,@=+-_", param, ctx)
+        return str(value)
+
+
+@click.command("launch")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--nodes", type=click.IntRange(min=1), required=True, help="Machines.")
+@click.option(
+    "--on", "target", type=click.Choice(["slurm", "kubernetes", "torchrun"]), required=True, help="Where."
+)
+@click.option("--processes-per-node", type=click.IntRange(min=1), help="Ranks; default: world_size / nodes.")
+@click.option(
+    "--by",
+    "way",
+    type=click.Choice([way for _, way in TEMPLATES if way]),
+    help="slurm: torchrun (default) or srun starts the ranks; kubernetes: trainjob (default) or jobset.",
+)
+@click.option("--grace", type=click.IntRange(min=1), default=300, show_default=True, help="Seconds to save.")
+@click.option("--partition", type=Word(), default="", help="Slurm's.")
+@click.option("--account", type=Word(), default="", help="Slurm's.")
+@click.option("--time", type=Word(), default="", help="Slurm's limit, such as 24:00:00; then it goes on.")
+@click.option("--image", type=Word(), default="", help="Container image; under Slurm with pyxis.")
+@click.option(
+    "--shared", type=Word(), default="", help="Shared folder in the container; CLAIM:FOLDER on Kubernetes."
+)
+@click.option("--namespace", type=Word(), default="", help="Kubernetes'.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
+@click.option("--dry-run", is_flag=True, help="Print it; write and submit nothing.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nodes: int,
+    target: str,
+    processes_per_node: int | None,
+    way: str | None,
+    out: Path | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Write what starts RECIPE on many machines, and submit it: sbatch, or kubectl apply.
+
+    On `torchrun` it prints the line for each node; there is nothing to submit. A run that is stopped early
+    saves, ends with code 75, and is started again by Slurm or Kubernetes until it is complete.
+    """
+    from dsplugins.cli.train import prepared
+    from dsplugins.launching.job import job
+    from dsplugins.launching.templates import fill
+    from dsplugins.recipe import Recipe
+
+    template = _template(target, way)
+    cluster = _cluster(target, nodes, processes_per_node, options)
+    loaded = Recipe.load(recipe, overrides)
+    plugins, plan = prepared(loaded)
+    work = job(loaded, plugins, plan, cluster, recipe, overrides)
+    text = fill(template, work)
+    click.echo(f"{nodes} nodes, {work.processes} ranks each; run directory {work.run_directory}", err=True)
+    _tell_environment(plugins)
+    if dry_run or target == "torchrun":
+        click.echo(text, nl=False)
+        return
+    file = out or Path(work.name).with_suffix(Path(template).suffix)
+    file.write_text(text)
+    _submit([*SUBMIT[target], str(file)])
+
+
+def _template(target: str, way: str | None) -> str:
+    ways = [each for name, each in TEMPLATES if name == target]
+    if way is not None and way not in ways:
+        raise click.UsageError(
+            f"--by {way} is no way to start on {target}: {' or '.join(filter(None, ways))}"
+        )
+    return TEMPLATES[target, ways[0] if way is None else way]
+
+
+def _cluster(target: str, nodes: int, processes: int | None, options: dict[str, Any]) -> Cluster:
+    """What was asked for as a Cluster. UsageError where the target needs something else."""
+    from dsplugins.launching.job import Cluster
+
+    claim, _, shared = options.pop("shared").rpartition(":")
+    if target == "kubernetes" and not (options["image"] and claim and shared.startswith("/")):
+        raise click.UsageError(
+            "kubernetes needs --image, which has dsplugins in it, and --shared CLAIM:FOLDER: a volume claim "
+            "that all pods can write to, and the folder where they see it"
+        )
+    return Cluster(nodes=nodes, processes=processes, claim=claim, shared=shared, **options)
+
+
+def _tell_environment(plugins: Plugins) -> None:
+    from dsplugins.environment import told
+
+    lines = told(plugins) or ["nothing that a plugin asks for"]
+    for line in lines:
+        click.echo(f"environment: {line}", err=True)
+
+
+def _submit(line: list[str]) -> None:
+    """Hand the file over. Exit code 4 if the program for that isn't here or refuses."""
+    from dsplugins.contracts import EnvironmentUnfit
+
+    if shutil.which(line[0]) is None:
+        raise EnvironmentUnfit(
+            f"{line[-1]} is written, but there is no {line[0]} here: submit it where there is"
+        )
+    done = subprocess.run(line)
+    if done.returncode:
+        raise EnvironmentUnfit(f"{' '.join(line)} ended with code {done.returncode}")

@@ -1,0 +1,1 @@
+"""A recipe on many machines: what is started where, written from the templates in `launch/`."""

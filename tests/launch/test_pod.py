@@ -1,0 +1,78 @@
+"""The first process of a pod: it hands signals on, and leaves with the code of `status.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.launching import pod
+
+STATUS = "import json, pathlib, time, sys\ndef status(code): pathlib.Path('out/status.json').write_text(" + (
+    "json.dumps({'code': code, 'time': time.time()}))\n"
+)
+TORCHRUN = (
+    STATUS
+    + """
+import signal
+def stop(number, frame):
+    status(75)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path('ready').touch()
+time.sleep(60)
+"""
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PET_NODE_RANK", "0")
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's own stay
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def leave(program):
+    return pod.main("out", [sys.executable, "-c", STATUS + program])
+
+
+@pytest.mark.parametrize("code", [3, 4, 75])
+def test_the_code_is_that_of_the_run(folder, code):
+    assert leave(f"status({code}); sys.exit(1)") == code
+
+
+def test_an_end_without_a_word_is_a_crash(folder):
+    assert leave("sys.exit(1)") == 1
+    assert leave("status(0); sys.exit(0)") == 0
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_what_an_earlier_attempt_left_does_not_count(folder, monkeypatch, node):
+    monkeypatch.setenv("PET_NODE_RANK", node)
+    (folder / "out" / "status.json").write_text(json.dumps({"code": 75, "time": 1.0}))
+    assert leave("sys.exit(1)") == 1
+
+
+def test_a_run_directory_that_can_not_be_written(folder):
+    (folder / "file").touch()
+    with pytest.raises(EnvironmentUnfit, match="run.directory file can't be written"):
+        pod.main("file", ["true"])
+
+
+def test_sigterm_is_handed_on(folder):
+    line = [sys.executable, "-m", "dsplugins.launching.pod", "out", sys.executable, "-c", TORCHRUN]
+    with subprocess.Popen(line, cwd=folder, env=dict(os.environ)) as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "ready").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(timeout=60) == 75

@@ -1,0 +1,138 @@
+"""`dsplugins launch --on slurm` with a Slurm that pretends, on "nodes" that are this machine: real runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+FAKE = Path(__file__).with_name("fake_slurm.py")
+SETUP = ["parallel.expert=2", "train.steps=12"]
+RECIPE = [str(TINY), "run.world_size=2", "run.directory=out", "evaluate.sequences=0", *SETUP]
+
+
+class Cluster:
+    """A folder with the fake programs; everything is started there."""
+
+    def __init__(self, folder):
+        self.folder, programs = folder, folder / "bin"
+        programs.mkdir()
+        for name in ("sbatch", "srun", "scontrol"):
+            (programs / name).write_text(f'#!/bin/bash\nexec "{sys.executable}" "{FAKE}" {name} "$@"\n')
+            (programs / name).chmod(0o755)
+        self.environment = {
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "FAKE_FOLDER": str(folder),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def run(self, line, **environment):
+        """(exit code, what was printed)."""
+        done = subprocess.run(
+            line,
+            cwd=self.folder,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        return done.returncode, done.stdout
+
+    def launch(self, *arguments, **environment):
+        """Codes of the job's attempts, and what was printed."""
+        line = [sys.executable, "-m", "dsplugins", "launch", *arguments, "--nodes", "2", "--on", "slurm"]
+        code, said = self.run(line, **environment)
+        assert code == 0, said
+        return [int(word) for word in (self.folder / "codes").read_text().split()], said
+
+    def losses(self):
+        rows = [json.loads(line) for line in (self.folder / "out" / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        return [row["loss"] for row in rows]
+
+    @property
+    def status(self):
+        return json.loads((self.folder / "out" / "status.json").read_text())
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    return Cluster(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def on_one_node(workers):
+    """Losses of the same run, by two ranks of one node."""
+    from runs import trained
+
+    return [row["loss"] for row in workers(2).run(trained, SETUP)[0]["rows"]]
+
+
+def test_two_nodes_with_torchrun_stopped_requeued_and_the_same_as_one(cluster, on_one_node):
+    codes, said = cluster.launch(
+        *RECIPE, "--time", "1:00:00", FAKE_TIME_IS_OVER=str(cluster.folder / "out" / "metrics.jsonl")
+    )
+    assert codes == [75, 0], said
+    assert cluster.status["code"] == 0 and cluster.status["steps"] == 12
+    assert "stopped by SIGTERM after step" in said and "Submitted batch job 4242" in said
+    assert cluster.losses() == on_one_node
+    submitted = (cluster.folder / "tiny.sbatch").read_text()
+    assert submitted == (cluster.folder / "submitted").read_text()
+    assert "#SBATCH --time=1:00:00\n" in submitted and "#SBATCH --signal=TERM@300\n" in submitted
+
+
+def test_tasks_of_srun_are_ranks(cluster, on_one_node):
+    codes, said = cluster.launch(*RECIPE, "train.steps=2", "--by", "srun")
+    assert codes == [0], said
+    assert "torch.distributed.run" not in (cluster.folder / "submitted").read_text()
+    assert cluster.losses() == on_one_node[:2]
+
+
+def test_several_torchruns_on_a_node_are_refused(cluster):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    train = ["-m", "dsplugins", "train", str(TINY), "run.directory=out"]
+    code, said = cluster.run(["srun", "--nodes=1", "--ntasks-per-node=2", *torchrun, *train])
+    assert code == 1 and cluster.status["code"] == 4, said
+    assert "srun started 2 tasks on 1 node, and torchrun in each of them 1 rank" in cluster.status["reason"]
+    assert "--ntasks-per-node=1 for torchrun" in said
+
+
+def test_tasks_that_could_not_find_each_other_are_refused(cluster):
+    train = [sys.executable, "-m", "dsplugins", "train", str(TINY), "run.directory=out"]
+    code, said = cluster.run(["srun", "--nodes=1", "--ntasks-per-node=2", *train])
+    assert code == 4 and "without MASTER_ADDR and MASTER_PORT" in said, said
+
+
+def test_a_port_in_use(cluster):
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+        codes, said = cluster.launch(*RECIPE, MASTER_PORT=port)
+    assert codes == [4], said
+    assert f"port {port} of localhost is in use: sbatch --export=ALL,MASTER_PORT=" in said
+    assert not (cluster.folder / "out" / "status.json").exists()
+
+
+def test_a_run_directory_that_can_not_be_written(cluster):
+    (cluster.folder / "out").write_text("in the way")
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == [4] and "run.directory out can't be written on " in said, said
+
+
+@pytest.mark.parametrize(("code", "attempts"), [(3, [3]), (None, [1])])
+def test_other_ends_are_not_requeued(cluster, code, attempts):
+    """The step leaves `code` in status.json; what an earlier attempt left there is not taken for it."""
+    folder = cluster.folder / "out"
+    folder.mkdir()
+    (folder / "status.json").write_text('{\n "code": 75,\n "reason": ""\n}\n')
+    written = "" if code is None else f"printf '{{\\n \"code\": {code},\\n}}\\n' > out/status.json\n"
+    (cluster.folder / "bin" / "srun").write_text(f"#!/bin/bash\n{written}exit 1\n")
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == attempts, said
