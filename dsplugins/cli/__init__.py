@@ -14,6 +14,7 @@ COMMANDS = {
     "explain": "Show every effective value of a recipe with its origin, and who owns each slot.",
     "evaluate": "Evaluate a run's checkpoint: loss, bits per byte, MTP, experts' load.",
     "data": "Make a corpus from text, or look at one.",
+    "report": "Make one HTML page of a run, with its pictures.",
     "diff": "Show how two runs were made differently.",
     "plugins": "List installed plugins, or show one.",
     "recipes": "List shipped recipes.",

@@ -36,6 +36,10 @@ def wheel(tmp_path_factory):
     return built
 
 
+def test_the_templates_of_packages_are_in_it(wheel):
+    assert "dsplugins/report/page.html" in zipfile.ZipFile(wheel).namelist()
+
+
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """A folder with the wheel's content."""

@@ -10,7 +10,7 @@ from dsplugins.contracts import Problem
 from dsplugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from dsplugins.contracts import Evaluation, Plan, RunEnd, Settings
+    from dsplugins.contracts import Plan, RunEnd, Settings
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,9 @@ class CurvesOptions:
 
 
 class Curves:
-    """Draws `plots/losses.png` and `plots/schedules.png` from `metrics.jsonl` when the run ends.
+    """Draws `plots/losses.png` and `plots/schedules.png` when the run ends.
 
-    Losses of all processes of the run are drawn; validation losses are those of the last process,
-    as `metrics.jsonl` has none.
+    From `metrics.jsonl` and `evaluations.jsonl`, so all processes of a run that was stopped are in them.
     """
 
     Options = CurvesOptions
@@ -36,37 +35,30 @@ class Curves:
 
     def __init__(self, options: CurvesOptions) -> None:
         self._options = options
-        self._validation: dict[int, float] = {}
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterator[Problem]:
         """Whether there are means to draw."""
-        from dsplugins.plugins.event.plots import matplotlib_problem
+        from dsplugins.pictures.style import matplotlib_problem
 
         if self._options.plots:
             yield from matplotlib_problem("curves")
-
-    @hookimpl
-    def ds_evaluated(self, evaluation: Evaluation) -> None:
-        """Remember a point of the validation curve."""
-        self._validation[evaluation.step] = evaluation.loss
 
     @hookimpl
     def ds_run_end(self, end: RunEnd) -> Mapping[str, Any] | None:
         """Draw what was logged; nothing where no step was."""
         if not self._options.plots:
             return None
-        from dsplugins.plugins.event import curve_plots
-        from dsplugins.plugins.event.plots import read_metrics, save
+        from dsplugins.pictures import curves
+        from dsplugins.pictures.style import read_evaluations, read_metrics, save
 
         rows = read_metrics(end.directory)
         if not rows:
             return None
-        if end.evaluation is not None:
-            self._validation[end.evaluation.step] = end.evaluation.loss
+        validation = {row["step"]: row["loss"] for row in read_evaluations(end.directory)}
         folder = end.directory / "plots"
-        losses = curve_plots.losses(rows, self._validation, end.baselines)
+        losses = curves.losses(rows, validation, end.baselines)
         return {
             "losses_plot": save(losses, folder / "losses.png"),
-            "schedules_plot": save(curve_plots.schedules(rows), folder / "schedules.png"),
+            "schedules_plot": save(curves.schedules(rows), folder / "schedules.png"),
         }

@@ -11,7 +11,7 @@ from dsplugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from dsplugins.contracts import Plan, RunEnd, Settings, Step
-    from dsplugins.plugins.event.load_history import LoadHistory
+    from dsplugins.pictures.history import LoadHistory
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ExpertLoad:
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterator[Problem]:
         """Whether there are experts to watch and means to draw."""
-        from dsplugins.plugins.event.plots import matplotlib_problem
+        from dsplugins.pictures.style import matplotlib_problem
 
         if not settings.model.num_moe_experts:
             yield Problem(
@@ -62,7 +62,7 @@ class ExpertLoad:
         """Loads of this step, if it is one to look at."""
         if step.expert_counts is None or step.step % self._options.every:
             return None
-        from dsplugins.plugins.event.load_history import LoadHistory
+        from dsplugins.pictures.history import LoadHistory
 
         counts = step.expert_counts.double()
         # A layer without a single token has no shape; a mean of one shows it as idle, not as a division by 0.
@@ -81,14 +81,14 @@ class ExpertLoad:
         """Draw `plots/expert_load_over_time.png`, `plots/expert_load.png` and `plots/max_vio.png`."""
         if self._history is None or not self._options.plots:
             return None
-        from dsplugins.plugins.event import load_plots
-        from dsplugins.plugins.event.plots import read_metrics, save
+        from dsplugins.pictures import loads as drawn
+        from dsplugins.pictures.style import read_metrics, save
 
         steps, loads = self._history.since_start(read_metrics(end.directory))
         folder = end.directory / "plots"
-        over_time = load_plots.over_time(steps, loads, self._layers)
+        over_time = drawn.over_time(steps, loads, self._layers)
         return {
             "expert_load_over_time_plot": save(over_time, folder / "expert_load_over_time.png"),
-            "expert_load_plot": save(load_plots.at_end(loads, self._layers), folder / "expert_load.png"),
-            "max_vio_plot": save(load_plots.max_vio(steps, loads), folder / "max_vio.png"),
+            "expert_load_plot": save(drawn.at_end(loads, self._layers), folder / "expert_load.png"),
+            "max_vio_plot": save(drawn.max_vio(steps, loads), folder / "max_vio.png"),
         }

@@ -22,11 +22,8 @@ class EpOverlapSchedule:
 
     inner: PipelineSchedule
     """Which layers stand where, and in which order chunks run."""
-
-    @property
-    def chunks(self) -> int:
-        """Model chunks a rank."""
-        return self.inner.chunks
+    chunks: int
+    """Model chunks that a rank holds."""
 
     def forward_backward(self) -> Callable[..., list[Any]]:
         """megatron-core's function, given forward steps that return a plan where it asks for one."""
@@ -107,7 +104,8 @@ class EpOverlap:
     @hookimpl
     def ds_schedule(self, plan: Plan) -> PipelineSchedule:
         """The schedule for this plan's stages and chunks."""
-        return EpOverlapSchedule(self._inner(plan).ds_schedule(plan=plan))
+        inner = self._inner(plan).ds_schedule(plan=plan)
+        return EpOverlapSchedule(inner, inner.chunks)
 
     def _inner(self, plan: Plan) -> Interleaved | OneFOneB:
         return self._plain if plan.layout.pipeline == 1 else self._interleaved

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dsplugins.plugins.event import curve_plots
+from dsplugins.pictures import curves
+from dsplugins.pictures.style import read_metrics
 from dsplugins.plugins.event.curves import Curves, CurvesOptions
-from dsplugins.plugins.event.plots import read_metrics
 
 
 def row(step, **changes):
@@ -24,7 +24,7 @@ def row(step, **changes):
 def test_pictures(make_end, make_evaluation, write_metrics, check_png, tmp_path, steps):
     write_metrics([row(n) for n in range(1, steps + 1)])
     plugin = Curves(CurvesOptions())
-    plugin.ds_evaluated(make_evaluation(1, 5.4))
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 1, "loss": 5.4}\n')
     shown = plugin.ds_run_end(make_end(make_evaluation(steps, 4.0), {"unigram": 3.2, "bigram": 2.4}))
     assert shown == {
         "losses_plot": str(tmp_path / "plots" / "losses.png"),
@@ -35,7 +35,7 @@ def test_pictures(make_end, make_evaluation, write_metrics, check_png, tmp_path,
 
 
 def test_lines_show_the_numbers():
-    drawn = curve_plots.losses([row(n) for n in range(1, 31)], {10: 5.0, 1: 5.5}, {"bigram": 2.4})
+    drawn = curves.losses([row(n) for n in range(1, 31)], {10: 5.0, 1: 5.5}, {"bigram": 2.4})
     lines = {line.get_label(): line for line in drawn.axes[0].get_lines()}
     assert lines["training"].get_ydata() == pytest.approx([5.5 - 0.02 * n for n in range(1, 31)])
     assert lines["MTP"].get_ydata()[-1] == pytest.approx(5.0)
@@ -45,9 +45,9 @@ def test_lines_show_the_numbers():
 
 def test_what_a_run_lacks_is_not_drawn():
     rows = [row(n, mtp_loss=None) for n in range(1, 5)]
-    labels = [line.get_label() for line in curve_plots.losses(rows, {}, {}).axes[0].get_lines()]
+    labels = [line.get_label() for line in curves.losses(rows, {}, {}).axes[0].get_lines()]
     assert labels == ["training"]
-    titles = [panel.get_title(loc="left") for panel in curve_plots.schedules(rows).axes]
+    titles = [panel.get_title(loc="left") for panel in curves.schedules(rows).axes]
     assert titles == ["learning rate", "sequences a step", "bias update rate"]
 
 
@@ -55,8 +55,8 @@ def test_running_mean_against_a_plain_loop():
     values = np.random.default_rng(1).normal(size=50)
     values[7:9] = np.nan
     expected = [np.nanmean(values[max(0, i - 2) : i + 3]) for i in range(50)]
-    assert curve_plots._running_mean(values, 4) == pytest.approx(expected)
-    assert np.isnan(curve_plots._running_mean(np.array([np.nan, 1.0]), 1)).tolist() == [True, False]
+    assert curves._running_mean(values, 4) == pytest.approx(expected)
+    assert np.isnan(curves._running_mean(np.array([np.nan, 1.0]), 1)).tolist() == [True, False]
 
 
 def test_metrics_are_read_with_resumes_and_a_torn_end(write_metrics, tmp_path):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from dsplugins.pictures.history import ROWS
 from dsplugins.plugins.event.expert_load import ExpertLoad, ExpertLoadOptions
-from dsplugins.plugins.event.load_history import ROWS
 
 LAYERS = ("decoder.1", "mtp.0")
 COUNTS = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0]])
@@ -61,11 +61,11 @@ def test_pictures(make_step, make_end, check_png, tmp_path, steps, layers):
 
 
 def test_a_resumed_run_draws_its_past(make_step, make_end, write_metrics, monkeypatch):
-    from dsplugins.plugins.event import load_plots
+    from dsplugins.pictures import loads as drawn
 
     seen = []
-    over_time = load_plots.over_time
-    monkeypatch.setattr(load_plots, "over_time", lambda *a: seen.append(a) or over_time(*a))
+    over_time = drawn.over_time
+    monkeypatch.setattr(drawn, "over_time", lambda *a: seen.append(a) or over_time(*a))
     first, second = ExpertLoad(ExpertLoadOptions()), ExpertLoad(ExpertLoadOptions())
     rows = [{"step": n, **first.ds_step_end(make_step(n, random_counts(n), LAYERS))} for n in range(1, 8)]
     write_metrics([*rows, {"step": 8}], tail='{"step": 9, "expert_lo')

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsplugins.plugins.event.plots import COLOURS, INK, figure
+from dsplugins.pictures.style import COLOURS, INK, figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +27,8 @@ SCHEDULES = {
 def losses(rows: Rows, validation: Mapping[int, float], baselines: Mapping[str, float]) -> Figure:
     """Training and MTP loss (thin: each step, thick: running mean), validation points, baseline lines."""
     drawn, (panel,) = figure(1, width=7.5, row_height=3.8)
-    _loss_line(panel, rows, "loss", "training", COLOURS[0])
-    _loss_line(panel, rows, "mtp_loss", "MTP", COLOURS[1])
+    _line(panel, rows, "loss", "training", COLOURS[0])
+    _line(panel, rows, "mtp_loss", "MTP", COLOURS[1])
     if validation:
         points = sorted(validation.items())
         panel.plot(*zip(*points, strict=True), "o-", color=COLOURS[2], markersize=4, label="validation")
@@ -65,7 +65,21 @@ def schedules(rows: Rows) -> Figure:
     return drawn
 
 
-def _loss_line(panel: Axes, rows: Rows, field: str, label: str, colour: str) -> None:
+def pace(rows: Rows) -> Figure:
+    """Tokens a second and gradient norm: thin each step, thick a running mean."""
+    drawn, panels = figure(2, row_height=1.7)
+    for panel, field, title in (
+        (panels[0], "tokens_per_second", "tokens a second"),
+        (panels[1], "grad_norm", "gradient norm before clipping"),
+    ):
+        _line(panel, rows, field, title, COLOURS[0])
+        panel.set_ylim(bottom=0)
+        panel.set_title(title, fontsize=9, loc="left")
+    panels[-1].set_xlabel("step", fontsize=9)
+    return drawn
+
+
+def _line(panel: Axes, rows: Rows, field: str, label: str, colour: str) -> None:
     values, steps = _column(rows, field), _column(rows, "step")
     if np.isnan(values).all():
         return

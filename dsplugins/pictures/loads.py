@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dsplugins.plugins.event.plots import COLOURS, figure
+from dsplugins.pictures.style import COLOURS, figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -54,7 +54,15 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
     A last line that a killed process left half written is dropped, a broken one elsewhere raises.
     """
-    path = directory / "metrics.jsonl"
+    return _read(directory / "metrics.jsonl")
+
+
+def read_evaluations(directory: Path) -> list[dict[str, Any]]:
+    """The same of `evaluations.jsonl`."""
+    return _read(directory / "evaluations.jsonl")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -50,4 +50,22 @@ class LoadHistory:
         for step, load in (*sorted(older.items()), *self._loads.items()):
             if load.shape == shape:
                 merged.add(step, load)
-        return np.array(list(merged._loads)), np.stack(list(merged._loads.values()))
+        return merged.arrays()
+
+    def arrays(self) -> tuple[NDArray[np.int64], Load]:
+        """Steps [n] and loads [n, L, E], oldest first, of what was added."""
+        return np.array(list(self._loads)), np.stack(list(self._loads.values()))
+
+
+def logged(rows: Iterable[Mapping[str, Any]]) -> LoadHistory:
+    """The history of `metrics.jsonl`'s rows that carry `expert_load`; of one shape, the last one's."""
+    loads = {
+        row["step"]: np.asarray(row["expert_load"], np.float32)
+        for row in rows
+        if row.get("expert_load") is not None
+    }
+    history = LoadHistory()
+    for step, load in loads.items():
+        if load.shape == loads[max(loads)].shape:
+            history.add(step, load)
+    return history
