@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.plugins.data.files import Document, Split
 from dsplugins.plugins.data.fim import training_tokens
 from dsplugins.plugins.data.ngram import cross_entropies
@@ -95,23 +94,6 @@ class Corpus:
     def decode(self, tokens: Sequence[int]) -> str:
         """Token ids as text; see `tokens.decode`."""
         return decode(tokens)
-
-
-def same_on_every_rank(digest: str) -> None:
-    """Raise EnvironmentUnfit unless all ranks have this corpus: their machines may hold different files.
-
-    Collective where a process group is up; nothing to compare otherwise.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    digests: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest)
-    others = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if others:
-        raise EnvironmentUnfit(
-            f"ranks {others} read other Python sources than rank 0; install one Python version everywhere "
-            "or point plugins.python_source.directory to a shared folder"
-        )
 
 
 def _plain(documents: Sequence[Document]) -> Tokens:

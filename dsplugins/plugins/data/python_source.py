@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from dsplugins.contracts import Data, Plan, Settings
     from dsplugins.plugins.data.files import Split
 
+OTHER_SOURCES = (
+    "read other Python sources than rank 0; install one Python version everywhere "
+    "or point plugins.python_source.directory to a shared folder"
+)
+
 
 @dataclass(frozen=True)
 class PythonSourceOptions:
@@ -54,10 +59,11 @@ class PythonSource:
     def ds_data(self, plan: Plan) -> Data:
         """The corpus. Raises EnvironmentUnfit where there are no sources or ranks differ, ValueError where
         a split is too small."""
-        from dsplugins.plugins.data.corpus import Corpus, same_on_every_rank
+        from dsplugins.plugins.data.corpus import Corpus
+        from dsplugins.plugins.data.ranks import same_on_every_rank
 
         split = self._split()
-        same_on_every_rank(split.digest)
+        same_on_every_rank(split.digest, OTHER_SOURCES)
         problems = list(_size_problems(plan, split))
         if problems:
             raise ValueError("; ".join(problem.message for problem in problems))

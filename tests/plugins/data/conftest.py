@@ -1,6 +1,7 @@
 """A tiny corpus in a folder, and plans that name it."""
 
 import pytest
+from small_bpe import bpe, core, corpus  # noqa: F401
 
 from dsplugins.contracts import DataOptions, Evaluate, Layout, Plan, RunOptions, Save, Train
 

@@ -1,0 +1,214 @@
+"""`dsplugins data build | show`: corpora in megatron-core's format, from text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dsplugins.corpora.build import Progress
+    from dsplugins.corpora.sidecar import Sidecar
+    from dsplugins.corpora.summary import Summary
+    from dsplugins.corpora.tokenizer import TokenizerFile
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group("data")
+def command() -> None:
+    """Make a corpus for the data plugin `indexed`, or look at one."""
+
+
+@command.command("build")
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--tokenizer", required=True, type=FILE, help="A tokenizer.json.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Prefix of the files to write.")
+@click.option("--key", default="text", show_default=True, help="Of the text in a JSON line.")
+@click.option(
+    "--pattern",
+    "patterns",
+    multiple=True,
+    default=("*.jsonl", "*.txt"),
+    show_default=True,
+    help="Names of a folder's files that are read.",
+)
+@click.option("--workers", default=CORES, type=click.IntRange(min=1), help="Processes; all cores by default.")
+@click.option(
+    "--fim-rate",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0.0, 1.0),
+    help="Share of documents in fill-in-middle form.",
+)
+@click.option("--seed", default=1234, show_default=True, help="Of fill-in-middle.")
+@click.option("--eos", help="Token that ends a document; V3's name by default, as for the others.")
+@click.option("--fim-begin", help="Token before the prefix.")
+@click.option("--fim-hole", help="Token before the suffix.")
+@click.option("--fim-end", help="Token before the middle.")
+@click.option("--skip-bad", is_flag=True, help="Leave out what can't be taken.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+def build(
+    inputs: tuple[Path, ...],
+    tokenizer: Path,
+    out: Path,
+    key: str,
+    patterns: tuple[str, ...],
+    workers: int,
+    fim_rate: float,
+    seed: int,
+    skip_bad: bool,
+    overwrite: bool,
+    **marks: str | None,
+) -> None:
+    """Write OUT.bin and OUT.idx, a sidecar OUT.json and OUT.bytes.npy from text.
+
+    An input is a file or a folder. A line of a *.jsonl file is a document; any other file is one. What is
+    no JSON, has no text, is empty or not UTF-8 is told with file and line; then the command fails at the
+    end and writes nothing, unless told to skip it. The result does not depend on the number of workers.
+    """
+    from dsplugins.contracts import EnvironmentUnfit
+    from dsplugins.corpora.build import BuildRefused, Wanted
+    from dsplugins.corpora.build import build as make
+    from dsplugins.corpora.tokenizer import V3_MARKS, TokenizerFile
+    from dsplugins.quiet import quiet
+
+    quiet()
+    named = {mark: marks[mark] or name for mark, name in V3_MARKS.items()}
+    file = TokenizerFile(tokenizer, named)
+    wanted = Wanted(inputs, file, out, patterns, key, fim_rate, seed, skip_bad, overwrite)
+    try:
+        with _bar() as (say, advance):
+            made = make(wanted, workers, lambda bad: say(str(bad)), advance)
+    except BuildRefused as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        raise EnvironmentUnfit(f"{error.filename or out} can't be written: {error.strerror}") from error
+    click.echo(_told(out, made))
+
+
+@contextmanager
+def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None]]]:
+    """What says a line on stderr, and what moves a progress bar there, if it is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    counted = TextColumn("{task.percentage:.0f} %  {task.fields[documents]:,} documents")
+    bar = Bar(BarColumn(), counted, TimeRemainingColumn(), console=console, transient=True)
+    task = bar.add_task("build", total=None, documents=0)
+
+    def advance(progress: Progress) -> None:
+        bar.update(
+            task, total=progress.total, completed=progress.read, documents=progress.documents, refresh=False
+        )
+
+    if console.is_terminal:
+        bar.start()
+    try:
+        yield lambda text: console.print(text, markup=False), advance
+    finally:
+        bar.stop()
+
+
+def _told(out: Path, made: Sidecar) -> str:
+    lines = [
+        f"{out}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes:,} bytes of text "
+        f"({made.bytes / made.tokens:.2f} a token)",
+        f"fill-in-middle documents: {made.fim_documents:,} (rate {made.fim_rate:g}, seed {made.seed})",
+    ]
+    if made.skipped:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in made.skipped.items())
+        lines.append(f"left out: {sum(made.skipped.values())} ({reasons})")
+    return "\n".join(lines)
+
+
+@command.command("show")
+@click.argument("prefix", type=click.Path(path_type=Path))
+@click.option(
+    "--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Documents to show."
+)
+@click.option("--tokenizer", type=FILE, help="Its tokenizer.json, where it has no sidecar or it has moved.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def show(prefix: Path, samples: int, tokenizer: Path | None, as_json: bool) -> None:
+    """Show counts, lengths and some documents of a corpus, and how it was made."""
+    from dataclasses import asdict
+
+    from dsplugins.corpora.summary import look
+    from dsplugins.quiet import quiet
+
+    quiet()
+    missing = [end for end in (".bin", ".idx") if not prefix.with_name(prefix.name + end).is_file()]
+    if missing:
+        raise click.UsageError(f"{prefix}{missing[0]} is not there: PREFIX is a corpus without its ending")
+    file = _tokenizer(prefix, tokenizer) if samples else None
+    summary = look(prefix, samples, file)
+    click.echo(json.dumps(asdict(summary), indent=1, ensure_ascii=False) if as_json else _page(summary))
+    if samples and file is None:
+        click.echo("no documents shown: it has no sidecar, give its --tokenizer", err=True)
+
+
+def _tokenizer(prefix: Path, elsewhere: Path | None) -> TokenizerFile | None:
+    from dsplugins.corpora import sidecar
+    from dsplugins.corpora.tokenizer import V3_MARKS, TokenizerFile
+
+    try:
+        described = sidecar.read(prefix)
+        if described is None:
+            return TokenizerFile(elsewhere, V3_MARKS) if elsewhere else None
+        return described.tokenizer_file(prefix, elsewhere)
+    except (ValueError, FileNotFoundError) as error:
+        raise click.UsageError(f"{prefix}: {error}; --tokenizer names it, --samples 0 needs none") from error
+
+
+def _page(summary: Summary) -> str:
+    """For people."""
+    from dsplugins.cli.columns import columns
+
+    rows = [("documents", f"{summary.documents:,}"), ("tokens", f"{summary.tokens:,} ({summary.dtype})")]
+    if summary.sidecar:
+        rows += _described(summary.sidecar)
+    rows.append(("lengths", "  ".join(f"{share} {value:,}" for share, value in summary.lengths.items())))
+    lines = [columns(rows), "", _bars(summary.histogram)]
+    for sample in summary.samples:
+        form = ", fill-in-middle" if sample["fim"] else ""
+        lines += ["", f"-- document {sample['document']}: {sample['tokens']:,} tokens{form}", sample["text"]]
+    return "\n".join(lines)
+
+
+def _described(made: Sidecar) -> list[tuple[str, str]]:
+    share = made.fim_documents / made.documents
+    return [
+        ("bytes of text", f"{made.bytes:,} ({made.bytes / made.tokens:.2f} a token)"),
+        ("fill-in-middle", f"{share:.1%} of the documents: {made.fim_documents:,} (rate {made.fim_rate:g})"),
+        ("tokenizer", f"{made.tokenizer} ({made.vocab_size:,} ids, SHA-256 {made.tokenizer_sha256[:12]}...)"),
+        ("left out", ", ".join(f"{n} x {reason}" for reason, n in made.skipped.items()) or "nothing"),
+        *(
+            ("from", f"{given['path']} ({given['files']} files, {given['bytes']:,} bytes)")
+            for given in made.inputs
+        ),
+    ]
+
+
+def _bars(histogram: tuple[tuple[int, int], ...]) -> str:
+    """Documents by length, a row a power of two."""
+    from dsplugins.cli.columns import columns
+
+    most = max(count for _, count in histogram)
+    rows: list[Any] = [
+        (f"{low:,} to {2 * low - 1:,}", f"{count:,}", "#" * -(-40 * count // most))
+        for low, count in histogram
+    ]
+    return columns([("tokens", "documents", ""), *rows])
+
+
+__all__ = ["command"]

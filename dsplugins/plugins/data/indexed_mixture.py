@@ -1,0 +1,68 @@
+"""Which corpus the next sample comes from: megatron-core's greedy blending, as a pattern that repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+PERIOD = 1 << 20
+"""Samples after which the pattern begins again: shares are met to a millionth."""
+
+
+class Mixture:
+    """An endless sequence of (corpus, its n-th sample). A place in it doesn't depend on a run's length.
+
+    Core's `build_blending_indices` takes from the corpus that lies furthest behind its share.
+    """
+
+    def __init__(self, weights: Sequence[float], period: int = PERIOD) -> None:
+        size = period if len(weights) > 1 else 1
+        self.corpus, self.nth = blend(weights, size)
+        self._each = np.bincount(self.corpus, minlength=len(weights))
+        """Samples of each corpus in a period."""
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """(corpus, which of its samples) of sample `index`, any from 0 on."""
+        period, place = divmod(index, len(self.corpus))
+        corpus = int(self.corpus[place])
+        return corpus, period * int(self._each[corpus]) + int(self.nth[place])
+
+    def taken(self, total: int) -> NDArray[np.int64]:
+        """Samples of each corpus among the first `total`."""
+        periods, rest = divmod(total, len(self.corpus))
+        return periods * self._each + np.bincount(self.corpus[:rest], minlength=len(self._each))
+
+
+class Once:
+    """The same without repetition: ends where the first corpus has no more samples."""
+
+    def __init__(self, weights: Sequence[float], samples: Sequence[int]) -> None:
+        corpus, nth = blend(weights, sum(samples))
+        beyond = np.flatnonzero(nth >= np.asarray(samples)[corpus])
+        self._size = int(beyond[0]) if len(beyond) else len(corpus)
+        self.corpus, self.nth = corpus[: self._size], nth[: self._size]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """As of `Mixture`; IndexError beyond the end."""
+        if not 0 <= index < self._size:
+            raise IndexError(f"validation sample {index} of {self._size}")
+        return int(self.corpus[index]), int(self.nth[index])
+
+
+def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """(corpus, which of its samples) of the first `size` samples, in shares of `weights` > 0."""
+    from megatron.core.datasets import helpers
+    from megatron.core.datasets.utils import normalize
+
+    corpus, nth = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    if size:
+        helpers.build_blending_indices(corpus, nth, normalize(list(weights)), len(weights), size, False)
+    return corpus, nth
+
+
+__all__ = ["Mixture", "Once", "blend"]

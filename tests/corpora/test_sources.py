@@ -1,0 +1,52 @@
+"""Which files are read, and that pieces are whole lines with the right numbers."""
+
+import pytest
+
+from dsplugins.corpora.sources import find, tasks
+
+
+def names(files):
+    return [file.name for file in files]
+
+
+def test_a_folder_gives_its_files_by_name(tmp_path):
+    for name in ("b.txt", "a.jsonl", "deep/er/c.txt", "d.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+    assert names(find([tmp_path], ["*.jsonl", "*.txt"])) == ["a.jsonl", "b.txt", "deep/er/c.txt"]
+    assert names(find([tmp_path / "d.bin", tmp_path], ["c.*"])) == ["d.bin", "deep/er/c.txt"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("x.jsonl.gz", "unpack it first"), ("x.md", "give a --pattern")])
+def test_what_can_not_be_read_is_refused(tmp_path, name, said):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=said):
+        find([tmp_path], ["*.txt", "*.gz"])
+
+
+def test_a_file_is_not_read_twice(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"a\.txt is given twice"):
+        find([tmp_path, tmp_path / "a.txt"], ["*.txt"])
+
+
+@pytest.mark.parametrize("size", [1, 10, 100, 10**6])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_pieces_are_whole_lines_and_together_the_file(tmp_path, size, end):
+    lines = [f"line {i} " + "x" * (i * 7 % 23) for i in range(40)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(lines) + end)
+    pieces = [piece for task in tasks(find([file], []), size) for piece in task]
+    content = file.read_bytes()
+    assert b"".join(content[piece.start : piece.stop] for piece in pieces) == content
+    for piece in pieces:
+        first = content[piece.start : piece.stop].split(b"\n")[0].decode()
+        assert first == lines[piece.first_line - 1]
+
+
+def test_small_files_travel_together_and_in_order(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("x" * 30)
+    bundles = list(tasks(find([tmp_path], ["*.txt"]), 100))
+    assert [len(bundle) for bundle in bundles] == [4, 4, 2]
+    assert [piece.file.name for bundle in bundles for piece in bundle] == [f"{i}.txt" for i in range(10)]
