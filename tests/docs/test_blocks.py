@@ -73,7 +73,9 @@ def test_every_recipe_passes_check(tmp_path):
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert len(answers) == len(recipes) > 3
     for recipe, answer in zip(recipes, answers, strict=True):
-        assert answer["built"] and not answer["problems"], f"{recipe.name}: {answer['problems']}"
+        # What a reader's machine has, such as a corpus, need not be on this one.
+        problems = [problem for problem in answer["problems"] if problem["kind"] == "recipe"]
+        assert answer["built"] and not problems, f"{recipe.name}: {problems}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -88,7 +90,8 @@ def test_every_other_console_line_runs_and_prints_what_is_shown(page, tmp_path):
             f"{command.block}: list {command.line} in NOT_HERE, and why"
         )
         start = [sys.executable, "-m", "dsplugins"] if program == "dsplugins" else [sys.executable]
-        folder = ROOT if program == "python" else tmp_path
+        own = (tmp_path / arguments[0]).exists()  # a script that the page shows
+        folder = ROOT if program == "python" and not own else tmp_path
         line = [*start, *arguments]
         done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         wanted = 3 if any(shown.endswith(REFUSED) for shown in command.shown) else 0
