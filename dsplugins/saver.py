@@ -121,7 +121,14 @@ class Saver:
         return pieces(self._run.chunks, self._run.optimizer)
 
     def _write(self, step: int, held: Sequence[Piece], facts: dict[str, Any]) -> store.Checkpoint:
-        checkpoint = store.save(self._folder, step, held, facts, self._group)
+        try:
+            checkpoint = store.save(self._folder, step, held, facts, self._group)
+        except OSError as error:  # the same on all ranks
+            kept = self.newest()
+            raise EnvironmentUnfit(
+                f"checkpoint of step {step}: {error}; make room, and the same command goes on from "
+                f"{kept or 'the start, as no checkpoint was finished before'}"
+            ) from error
         if self._run.rank == 0:
             store.prune(self._folder, self._options.keep, self._options.keep_every)
         return checkpoint

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,24 +17,29 @@ import pytest
 TINY = Path(__file__).parent / "tiny.yaml"
 SETUP = ["run.world_size=2", "parallel.expert=2", "train.steps=12", "evaluate.sequences=0", "save.every=3"]
 BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
-NUMBERS = ("step", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "max_vio", "learning_rate")
+LOADS = ["plugins.expert_load.plots=false"]
+NUMBERS = (
+    *("step", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "max_vio", "learning_rate"),
+    "expert_load",  # in multiples of the mean, which is 64 tokens here: three digits are the counts
+)
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(name, *more):
+    train = [sys.executable, "-m", "dsplugins", "train", str(TINY)]
+    return [*train, *SETUP, *BF16, *LOADS, f"run.directory={name}", *more]
 
 
 def start(folder, name, *more):
-    line = [
-        sys.executable,
-        "-m",
-        "dsplugins",
-        "train",
-        str(TINY),
-        *SETUP,
-        *BF16,
-        f"run.directory={name}",
-        *more,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(name, *more),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -164,3 +171,49 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
     assert code not in (0, 75), said
     assert time.monotonic() - began < 90
     assert status(tmp_path, "hung")["code"] == code
+
+
+FULL = """
+set -e
+mkdir -p small/checkpoints
+mount -t tmpfs -o size=$1 none small/checkpoints
+set +e
+"${@:2}"; first=$?
+cp small/status.json first.json
+ls small/checkpoints > after_first
+mount -o remount,size=100m small/checkpoints
+"${@:2}"; second=$?
+ls small/checkpoints > after_second
+echo "codes $first $second"
+"""
+
+
+def can_mount():
+    tried = "mkdir -p mounted && mount -t tmpfs none mounted"
+    with tempfile.TemporaryDirectory() as folder:
+        line = ["unshare", "-rm", "sh", "-c", tried]
+        return not subprocess.run(line, cwd=folder, capture_output=True).returncode
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or not can_mount(), reason="can't mount a small file system here"
+)
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(whole):
+    folder, expected = whole
+    one = sum(f.stat().st_size for f in next((folder / "whole" / "checkpoints").iterdir()).iterdir())
+    line = ["unshare", "-rm", "bash", "-c", FULL, "bash", str(int(1.6 * one))]
+    done = subprocess.run(
+        [*line, *command("small", "save.asynchronous=false", "save.keep=1")],
+        **{"cwd": folder, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300},
+    )
+    said = done.stdout + done.stderr
+    assert "codes 4 0" in done.stdout, said
+    told = json.loads((folder / "first.json").read_text())
+    assert told["code"] == 4 and "step-00000006 can't be written: " in told["reason"]
+    assert "No space left on device" in told["reason"]
+    assert "the same command goes on from small/checkpoints/step-00000003" in told["reason"]
+    assert "Traceback" not in said and said.count("No space left") == 2  # of rank 0 and of the launcher
+    assert "step-00000003" in (folder / "after_first").read_text().split()
+    assert "resumed from small/checkpoints/step-00000003" in said
+    assert (folder / "after_second").read_text().split() == ["step-00000012"]
+    assert rows(folder, "small") == expected
