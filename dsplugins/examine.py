@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,7 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
     quiet()
     plugins, plan = prepare(recipe)
     process_group.right_world(plan)
-    platform = plugins.slot("platform", plan=plan)
-    device = platform.prepare(int(os.environ.get("LOCAL_RANK", "0")))
+    platform, device = process_group.stand(plan, plugins)
     import torch
 
     from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it

@@ -11,11 +11,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import rank
+from dsplugins import environment, rank
 from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.rundir import versions
 
 if TYPE_CHECKING:
+    import torch
+
     from dsplugins.contracts import Plan, Platform
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
@@ -33,6 +35,17 @@ def right_world(plan: Plan) -> None:
             f"{world} processes were started, the recipe is for run.world_size={plan.run.world_size}: "
             f"start {plan.run.world_size}, or set run.world_size={world}"
         )
+
+
+def stand(plan: Plan, plugins: Plugins) -> tuple[Platform, torch.device]:
+    """The platform of this process, and its device; what plugins need in the environment is there first.
+
+    Raises EnvironmentUnfit where a variable has another value or can't be set any more, and where this
+    machine lacks the device.
+    """
+    environment.provide(plugins)
+    platform: Platform = plugins.slot("platform", plan=plan)
+    return platform, platform.prepare(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def start(platform: Platform, plan: Plan) -> int:

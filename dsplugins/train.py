@@ -34,11 +34,9 @@ def train(recipe: Recipe, fresh: bool = False) -> None:
     quiet()
     plugins, plan = prepare(recipe)
     process_group.right_world(plan)
-    environment.provide(plugins)
     display = Display(speaks=os.environ.get("RANK", "0") == "0")
     try:
-        platform = plugins.slot("platform", plan=plan)
-        device = platform.prepare(int(os.environ.get("LOCAL_RANK", "0")))
+        platform, device = process_group.stand(plan, plugins)
         process_group.start(platform, plan)
         process_group.nodes_fit(Path(plan.run.directory))
         from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
@@ -152,7 +150,7 @@ class Loop:
             "parameters": f"{total:,} total, {activated:,} activated a token (with MTP, embedding and head)",
             "tokens a step": f"{batch * self.plan.data.seq_length:,} at the start",
             "gradients": str(run.chain),
-            **{"environment": line for line in [", ".join(environment.told(self.plugins))] if line},
+            **({"environment": ", ".join(needs)} if (needs := environment.told(self.plugins)) else {}),
             "data": ", ".join(f"{k} {v}" for k, v in run.data.facts.items()),
             "run directory": str(self.directory.path),
         }

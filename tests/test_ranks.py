@@ -34,6 +34,7 @@ class Options:
 
 class Faulty:
     Options = Options
+    env = {"FAULTY_NEEDS": "this"}
 
     def __init__(self, options):
         self.options = options
@@ -43,6 +44,7 @@ class Faulty:
 
     @hookimpl
     def ds_grads_ready(self, step, chunks):
+        assert os.environ["FAULTY_NEEDS"] == "this"
         if self.options.rank not in (-1, RANK):
             return
         if self.options.how == "raise":
@@ -174,8 +176,16 @@ def test_torchrun_starts_the_same_run(place):
     code, said = place.torchrun()
     assert code == 0, said
     assert place.status["code"] == 0 and place.status["steps"] == 1
+    assert said.count("environment: FAULTY_NEEDS=this (faulty)") == 1
     code, said = place.torchrun()
     assert code == 0 and said.count("this run is complete (1 steps)") == 1
+
+
+def test_an_environment_that_contradicts_a_plugin(place):
+    code, said = place.train(FAULTY_NEEDS="that")
+    assert code == 4, said
+    assert "FAULTY_NEEDS is 'that', plugin faulty needs 'this': export FAULTY_NEEDS=this, or unset it" in said
+    assert not place.out.exists()
 
 
 def test_torchrun_and_another_recipe_on_one_rank(place, tmp_path):

@@ -20,13 +20,13 @@ KINDS = ("dsplugins", "huggingface")
 
 def our_step(recipe: str) -> Callable[[], object]:
     """A step of the recipe in this process, as a run takes it."""
+    from dsplugins import process_group
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
 
     loaded = Recipe.load(Path(recipe))
     plugins, plan = prepare(loaded)
-    platform = plugins.slot("platform", plan=plan)
-    device = platform.prepare(0)
+    platform, device = process_group.stand(plan, plugins)
     from dsplugins.assemble import assemble
     from dsplugins.step import Progress, take_step
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,15 +38,17 @@ def loop(recipe: str, overrides: tuple[str, ...], rounds: int, out: Path | None)
     from dsplugins import rank
 
     if not rank.inside_torchrun():
-        from dsplugins.launcher import run_local
+        from dsplugins.environment import provide
         from dsplugins.plan import prepare
         from dsplugins.recipe import Recipe
 
-        world_size = prepare(Recipe.load(recipe, overrides))[1].run.world_size
+        plugins, plan = prepare(Recipe.load(recipe, overrides))
+        provide(plugins)
+        from dsplugins.launcher import run_local
+
         more = ["--out", str(out)] if out else []
-        raise SystemExit(
-            run_local(world_size, ["bench", "loop", recipe, *overrides, "--rounds", str(rounds), *more]).code
-        )
+        line = ["bench", "loop", recipe, *overrides, "--rounds", str(rounds), *more]
+        raise SystemExit(run_local(plan.run.world_size, line).code)
     rank.end_with_launcher()
     timed = _loop(recipe, overrides, rounds)
     if rank.number() == 0:
@@ -55,6 +56,7 @@ def loop(recipe: str, overrides: tuple[str, ...], rounds: int, out: Path | None)
 
 
 def _loop(recipe: str, overrides: tuple[str, ...], rounds: int) -> Timed:
+    from dsplugins import process_group
     from dsplugins.plan import prepare
     from dsplugins.quiet import quiet
     from dsplugins.recipe import Recipe
@@ -62,8 +64,7 @@ def _loop(recipe: str, overrides: tuple[str, ...], rounds: int) -> Timed:
     quiet()
     loaded = Recipe.load(recipe, overrides)
     plugins, plan = prepare(loaded)
-    platform = plugins.slot("platform", plan=plan)
-    device = platform.prepare(int(os.environ["LOCAL_RANK"]))
+    platform, device = process_group.stand(plan, plugins)
     from dsplugins.assemble import assemble
     from dsplugins.bench.loop import measure
 

@@ -30,6 +30,7 @@ def command(run: Path, overrides: tuple[str, ...], step: int | None, as_json: bo
     from dsplugins import rank
     from dsplugins.recipe import Recipe
 
+    rank.adopt_srun()
     rank.end_with_launcher()
     resolved = run / "recipe.resolved.yaml"
     if not resolved.exists():
@@ -44,15 +45,17 @@ def command(run: Path, overrides: tuple[str, ...], step: int | None, as_json: bo
 
 def _all_ranks(recipe: Recipe, arguments: list[str]) -> None:
     """Start the ranks on this machine; their code is this process's."""
+    from dsplugins import environment
     from dsplugins.cli import exits
     from dsplugins.contracts import Problem, RecipeError
     from dsplugins.plan import prepare
 
-    _, plan = prepare(recipe)
+    plugins, plan = prepare(recipe)
     if not plan.evaluate.sequences:
         said = "evaluate.sequences=0: nothing to look at"
         problem = Problem(said, "evaluate.sequences", "give evaluate.sequences=64 on the command line")
         raise RecipeError(recipe.located([problem]))
+    environment.provide(plugins)
     from dsplugins.launcher import run_local
 
     outcome = run_local(plan.run.world_size, arguments)

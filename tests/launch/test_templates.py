@@ -252,6 +252,15 @@ def test_torchrun_knows_those_variables(monkeypatch):
     assert (found.master_addr, found.master_port, found.rdzv_backend) == ("first", 7, "static")
 
 
+def test_options_of_slurm_are_where_slurm_reads_them():
+    """sbatch stops looking at the first line that is a command."""
+    for template in SHELL[:2]:
+        lines = fill(template, job()).splitlines()
+        first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+        assert not [line for line in lines[first:] if line.startswith("#SBATCH")]
+        assert len([line for line in lines[:first] if line.startswith("#SBATCH")]) == 10
+
+
 def test_templates_are_short():
     for file in Path(template_folder()).iterdir():
         if file.suffix != ".sh":
