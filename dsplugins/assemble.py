@@ -83,16 +83,29 @@ def assemble(
 
 
 def _wire(settled: Settings, chunks: list[Any], optimizer: Any, chain: GradientChain) -> tuple[Any, ...]:
-    """Hand megatron-core the callables that its schedules look for in the configuration."""
+    """Hand megatron-core the callables that its schedules look for in the configuration.
+
+    With overlap these are core's own choices (megatron/training/training.py): stages reduce gradients at the
+    same time, and gather weights at the same time where `align_param_gather` says so.
+    """
     modules = (module for chunk in chunks for module in chunk.modules())
     configs = (getattr(module, "config", None) for module in modules)
     found = {id(config): config for config in configs if isinstance(config, type(settled.model))}
-    no_sync = [chunk.no_sync for chunk in chunks]
+    ddp = settled.ddp
     for config in found.values():
         config.grad_scale_func = optimizer.scale_loss
         config.finalize_model_grads_func = chain
-        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        config.no_sync_func = _each([chunk.no_sync for chunk in chunks])
+        if ddp.overlap_grad_reduce:
+            config.grad_sync_func = _each([chunk.start_grad_sync for chunk in chunks])
+        if ddp.overlap_param_gather and ddp.align_param_gather:
+            config.param_sync_func = _each([chunk.start_param_sync for chunk in chunks])
     return tuple(found.values())
+
+
+def _each(calls: list[Callable[..., Any]]) -> Any:
+    """As core's schedules want them: a list where there are several chunks, else the one call."""
+    return calls if len(calls) > 1 else calls[0]
 
 
 def _check_data(plan: Plan, settled: Settings, data: Data) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -24,7 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 from dsplugins import weights
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
 
     from dsplugins.contracts import DispatcherFactory, ExpertsFactory, Layout, Plan, RouterFactory, Settings
     from dsplugins.manager import Plugins
@@ -225,6 +226,18 @@ def build(plan: Plan, settings: Settings, plugins: Plugins, device: torch.device
     chunks = [chunk.to(device) for chunk in build_chunks(plan, settings, plugins)]
     weights.initialise(chunks, plan.train.seed, settings.model.init_method_std)
     return wrap(chunks, settings)
+
+
+@torch.no_grad()
+def gather_weights(chunks: Sequence[Any]) -> None:
+    """Bring each rank's updated share of the weights to all; collective.
+
+    To be called before weights are read other than by a forward pass: with `overlap_param_gather` the shares
+    of other ranks are those of the step before until the next forward pass asks for them.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def bare(chunk: Any) -> Any:

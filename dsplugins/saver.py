@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dsplugins.checkpoint import store
 from dsplugins.checkpoint.pieces import Piece, optimizer_steps, pieces, set_optimizer_steps
 from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.model import gather_weights
 from dsplugins.rundir import versions
 from dsplugins.step import Progress
 
@@ -94,6 +95,7 @@ class Saver:
             },
             "versions": versions(),
         }
+        gather_weights(self._run.chunks)
         held = self._pieces()
         if self._options.asynchronous:
             held = [replace(piece, data=piece.data.to("cpu", copy=True)) for piece in held if piece.main]

@@ -6,14 +6,15 @@ at the built modules and compares them with the slots' answers, asked once more,
 
 `wanted` what each layer should be made of; `layers` and `softmax` what stands there; `stages` which layers
 stand where; `fields` and `ignored` megatron-core's configuration; `tensors` number formats, routers' buffers,
-optimizer; `loop` what the loop will call; `table` what was built, for people and for the run's directory.
+optimizer; `loop` what the loop will call; `overlap` what travels behind computations; `table` what was built,
+for people and for the run's directory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsplugins.audit import fields, layers, loop, softmax, stages, tensors
+from dsplugins.audit import fields, layers, loop, overlap, softmax, stages, tensors
 from dsplugins.audit.built import Built, Standing
 from dsplugins.audit.ignored import ignored
 from dsplugins.audit.table import Kind, describe, describe_run, span
@@ -35,6 +36,7 @@ def audit(run: Built) -> None:
         *stages.differences(run),
         *tensors.differences(run),
         *loop.differences(run),
+        *overlap.differences(run),
     ]
     if found:
         raise AuditFailure(found)

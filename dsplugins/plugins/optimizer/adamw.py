@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dsplugins.contracts import Problem
 from dsplugins.hookspecs import hookimpl
+from dsplugins.plugins.optimizer import overlap
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,14 @@ class AdamWOptions:
     fused: bool | None = None
     """Use torch's fused kernel, which goes through memory once instead of a dozen times; FP32 moments
     only. It rounds differently from the unfused one. Null: wherever moments are FP32."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks while the last micro-batch's backward still runs: a bucket
+    of `ddp.bucket_size` elements starts on its way as soon as its last gradient is there. Pays where a step
+    waits for the reduction. No number changes but by the order of a sum: with `zero` and several buckets a
+    rank's share is cut elsewhere, and the gradient norm is summed in another order."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward runs, each bucket before the first module that needs it,
+    instead of all of them after the update. Needs `zero` and `overlap_grad_reduce`."""
 
 
 class AdamW:
@@ -62,13 +71,14 @@ class AdamW:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
-        """Adam with decoupled decay, FP32 gradient sums, sharding as `zero` says."""
+        """Adam with decoupled decay, FP32 gradient sums, sharding and overlap as the options say."""
         return {
             "optimizer.optimizer": "adam",
             "optimizer.decoupled_weight_decay": True,
             "optimizer.use_distributed_optimizer": self.options.zero,
             "ddp.use_distributed_optimizer": self.options.zero,
             "ddp.grad_reduce_in_fp32": True,
+            **overlap.fields(self.options, plan),
         }
 
     @hookimpl
@@ -90,6 +100,7 @@ class AdamW:
                 )
         if self.options.moments == "bf16":
             yield from self._bf16_problems(settings.optimizer)
+        yield from overlap.problems(self.options, plan, settings)
 
     @hookimpl
     def ds_check_built(self, stages: Sequence[Sequence[torch.nn.Module]]) -> Iterable[Problem]:

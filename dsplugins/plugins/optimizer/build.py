@@ -14,6 +14,7 @@ from megatron.core.optimizer import (
     OptimizerConfig,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from dsplugins.plugins.optimizer.bf16_moments import Bf16MomentsAdamW
@@ -46,8 +47,10 @@ def build_optimizer(
         config_overrides=_without_decay(no_decay),
         use_gloo_process_groups=_gloo_groups_exist(),
     )
-    for part in leaves(optimizer):
+    parts = list(leaves(optimizer))
+    for part in parts:
         _choose_class(part, config, moments, fused)
+    _gather_once(parts)
     return optimizer
 
 
@@ -58,6 +61,18 @@ def leaves(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
             yield from leaves(part)
     elif not optimizer.is_stub_optimizer:
         yield optimizer
+
+
+def _gather_once(parts: Sequence[MegatronOptimizer]) -> None:
+    """Leave the gathering of updated weights to the last of chained optimizers.
+
+    With ZeRO core has one optimizer for the experts and one for the rest. Each gathers all weights of its
+    chunks after its own update (distrib_optimizer.py, `start_param_sync_for_bucket_group_subset`): twice the
+    bytes, and the first time with half of the weights still old. Core's flag to put it off is for MXFP8.
+    """
+    for part in parts[:-1]:
+        if isinstance(part, DistributedOptimizer) and part.model_chunks == parts[-1].model_chunks:
+            part._defer_param_sync = True
 
 
 def decays(no_decay: Sequence[str], parameter: torch.Tensor, name: str) -> bool:

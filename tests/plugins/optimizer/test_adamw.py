@@ -374,12 +374,13 @@ def plan(**optimizer):
 
 
 def problems(options=None, given=None, **fields):
+    from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
 
     from dsplugins.plugins.optimizer.adamw import AdamW, AdamWOptions
 
-    config = OptimizerConfig(**{**NUMBERS, **fields})
-    settings = Settings(model=None, optimizer=config, ddp=None, vocab_size=8)
+    config, ddp = OptimizerConfig(**{**NUMBERS, **fields}), DistributedDataParallelConfig()
+    settings = Settings(model=None, optimizer=config, ddp=ddp, vocab_size=8)
     plugin = AdamW(AdamWOptions(**(options or {})))
     return [p.key for p in plugin.ds_check(plan=plan(**(given or {})), settings=settings)]
 
