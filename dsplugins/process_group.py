@@ -112,29 +112,31 @@ def nodes_fit(directory: Path) -> None:
     import torch
 
     mark = _mark(directory)
-    mine = (socket.gethostname(), mark is not None and mark.exists(), rank.node_numbers())
+    mine = (socket.gethostname(), mark.exists(), rank.node_numbers())
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    if mark and rank.number() == 0:
+    if rank.number() == 0:
         mark.unlink()
     _same_folder(directory, everyone)
     _same_order(everyone)
 
 
-def _mark(directory: Path) -> Path | None:
-    """A new file in rank 0's `directory`, told to all ranks; None if it can't be written there."""
+def _mark(directory: Path) -> Path:
+    """A new file in rank 0's `directory`, told to all ranks. Raises EnvironmentUnfit if it can't be made."""
     import torch
 
-    name: list[str | None] = [None]
+    name = f".seen-{secrets.token_hex(8)}"
+    told: list[str] = [name, ""]
     if rank.number() == 0:
-        name = [f".seen-{secrets.token_hex(8)}"]
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / str(name[0])).touch()
-        except OSError:
-            name = [None]
-    torch.distributed.broadcast_object_list(name)
-    return directory / name[0] if name[0] else None
+            (directory / name).touch()
+        except OSError as error:
+            told[1] = f"run.directory {directory} can't be written by rank 0: {error.strerror}"
+    torch.distributed.broadcast_object_list(told)
+    if told[1]:
+        raise EnvironmentUnfit(told[1])
+    return directory / told[0]
 
 
 def _same_folder(directory: Path, everyone: Sequence[Seen]) -> None:

@@ -65,8 +65,12 @@ def test_a_run_directory_that_is_not_shared(nodes, tmp_path):
 
 def test_a_run_directory_that_rank_0_can_not_make(nodes, tmp_path):
     (tmp_path / "file").touch()
-    first, _ = nodes(folders=("file/out", "out"))
-    assert "ranks 0, 1 (" in first
+    first, second = nodes(folders=("file/out", "out"))
+    assert (
+        first
+        == second
+        == f"run.directory {tmp_path / 'file/out'} can't be written by rank 0: Not a directory"
+    )
 
 
 def test_shuffled_nodes(nodes):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -29,13 +29,18 @@ def fill(template: str, job: Job) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    engine.filters |= {"sh": _shell, "yaml": json.dumps}
-    return engine.get_template(template).render(vars(job), cluster=job.cluster)
+    engine.filters |= {"sh": _shell, "yaml": json.dumps, "pod": _pod}
+    return engine.get_template(template).render(vars(job))
 
 
 def _shell(value: str | int | Iterable[str]) -> str:
     """One word, or several with blanks between them, as a shell reads them."""
     return shlex.quote(str(value)) if isinstance(value, str | int) else shlex.join(value)
+
+
+def _pod(value: str | Sequence[str]) -> str:
+    """Text or a list of it as YAML, where Kubernetes puts variables in: it takes `$$` for a dollar."""
+    return json.dumps(value).replace("$", "$$")
 
 
 __all__ = ["fill", "template_folder"]

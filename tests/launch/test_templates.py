@@ -195,10 +195,11 @@ def test_pods(template):
     (rule,) = spec["failurePolicy"]["rules"]
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-    assert container["command"][2:4] == ["dsplugins.launching.pod", NASTY]
-    assert container["args"] == ["-m", "dsplugins", "train", "a.yaml", NASTY]
+    nasty = NASTY.replace("$", "$$")  # Kubernetes would take $(HOME) for a variable, and $$ for a dollar
+    assert container["command"][2:4] == ["dsplugins.launching.pod", nasty]
+    assert container["args"] == ["-m", "dsplugins", "train", "a.yaml", nasty]
     environment = {entry["name"]: entry.get("value") for entry in container["env"]}
-    assert environment["NEEDED"] == NASTY
+    assert environment["NEEDED"] == nasty
     assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
