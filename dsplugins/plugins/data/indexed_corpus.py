@@ -47,7 +47,9 @@ class Corpus:
         except SidecarFault as error:
             raise EnvironmentUnfit(str(error)) from error
         _whole(prefix, described.files if described else {})
-        return cls(prefix, described, _tokenizer(prefix, described, tokenizer))
+        corpus = cls(prefix, described, _tokenizer(prefix, described, tokenizer))
+        assert len(corpus.files)  # reads the index
+        return corpus
 
     @cached_property
     def files(self) -> IndexedDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from dsplugins.contracts import Plan
-from dsplugins.plugins.data.indexed_mixture import Mixture, Once
+from dsplugins.plugins.data.indexed_mixture import Mixture
 from dsplugins.plugins.data.indexed_passes import Part, Passes
 from dsplugins.plugins.data.ngram import cross_entropies
 
@@ -45,13 +46,14 @@ class IndexedData:
         ]
         self._mixture = Mixture(weights or [passes.samples for passes in self._train])
         held_out = [passes.samples for passes in self._held_out]
-        self._once = Once(validation_weights or held_out, held_out)
+        self._held_out_mixture = Mixture(validation_weights or held_out)
+        self._validation_size = self._held_out_mixture.until(held_out)
         for passes, samples in zip(self._train, self._mixture.taken(planned(plan)), strict=True):
             passes.stage(int(samples))
         for passes in self._held_out:
             passes.stage(passes.samples)
         self.vocab_size = max(part.corpus.vocab_size for part in (*train, *validation))
-        self.facts: Mapping[str, Any] = self._facts(weights)
+        self.facts: Mapping[str, Any] = {**self._facts(weights), "digest": digest([*train, *validation])}
 
     def train(self, index: int) -> torch.Tensor:
         """Training sample `index`, any from 0 on: int64 [S + 1]. Pure."""
@@ -60,13 +62,15 @@ class IndexedData:
 
     def validation(self, index: int) -> torch.Tensor:
         """Validation sample `index` < `validation_size`: int64 [S + 1]; IndexError beyond."""
-        corpus, nth = self._once[index]
+        if not 0 <= index < self._validation_size:
+            raise IndexError(f"validation sample {index} of {self._validation_size}")
+        corpus, nth = self._held_out_mixture[index]
         return self._held_out[corpus][nth]
 
     @property
     def validation_size(self) -> int:
         """Number of validation samples; none comes twice."""
-        return len(self._once)
+        return self._validation_size
 
     def baselines(self) -> Mapping[str, float]:
         """Unigram and, of small vocabularies, bigram models of token ids, nats a token.
@@ -111,7 +115,7 @@ class IndexedData:
             "train_tokens": sum(passes.part.tokens for passes in self._train),
             "validation_samples": self.validation_size,
         }
-        drawn = np.bincount(self._once.corpus, minlength=len(self._held_out)) * self._seq_length
+        drawn = self._held_out_mixture.taken(self._validation_size) * self._seq_length
         facts["validation_tokens"] = int(drawn.sum())
         if all(passes.part.bytes is not None for passes in self._held_out):
             facts["validation_bytes"] = round(
@@ -124,6 +128,11 @@ class IndexedData:
         return facts
 
 
+def digest(parts: Sequence[Part]) -> str:
+    """SHA-256: equal digests, equal corpora. Not of how they are split and blended."""
+    return hashlib.sha256("".join(part.corpus.digest for part in parts).encode()).hexdigest()
+
+
 def planned(plan: Plan) -> int:
     """Samples that a run takes at most."""
     largest = math.ceil(plan.train.global_batch.highest)
@@ -133,4 +142,4 @@ def planned(plan: Plan) -> int:
     return math.ceil(plan.train.tokens / plan.data.seq_length) + largest
 
 
-__all__ = ["IndexedData", "planned"]
+__all__ = ["IndexedData", "digest", "planned"]

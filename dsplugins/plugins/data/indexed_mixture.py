@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,24 +35,11 @@ class Mixture:
         periods, rest = divmod(total, len(self.corpus))
         return periods * self._each + np.bincount(self.corpus[:rest], minlength=len(self._each))
 
-
-class Once:
-    """The same without repetition: ends where the first corpus has no more samples."""
-
-    def __init__(self, weights: Sequence[float], samples: Sequence[int]) -> None:
-        corpus, nth = blend(weights, sum(samples))
-        beyond = np.flatnonzero(nth >= np.asarray(samples)[corpus])
-        self._size = int(beyond[0]) if len(beyond) else len(corpus)
-        self.corpus, self.nth = corpus[: self._size], nth[: self._size]
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        """As of `Mixture`; IndexError beyond the end."""
-        if not 0 <= index < self._size:
-            raise IndexError(f"validation sample {index} of {self._size}")
-        return int(self.corpus[index]), int(self.nth[index])
+    def until(self, samples: Sequence[int]) -> int:
+        """How many samples there are until a corpus would give more than its `samples`."""
+        limits = np.asarray(samples)
+        totals = range(1, int(limits.sum()) + 1)
+        return bisect_left(totals, True, key=lambda total: bool((self.taken(total) > limits).any()))
 
 
 def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
@@ -65,4 +53,4 @@ def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArr
     return corpus, nth
 
 
-__all__ = ["Mixture", "Once", "blend"]
+__all__ = ["Mixture", "blend"]

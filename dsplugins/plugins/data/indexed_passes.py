@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -24,15 +25,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.plugins.data.indexed_corpus import Corpus
-from dsplugins.plugins.data.ranks import first_rank_does
+from dsplugins.plugins.data.ranks import first_rank_does, seen_by_every_rank
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 STAGED = 64
 """Passes whose index is written down at most; more are asked for of tiny corpora only."""
+SHARED = "point plugins.indexed.cache or run.directory to a folder that all machines share"
 TRAIN, VALIDATION = 0, 1
 """Places in core's `Split`."""
 
@@ -99,11 +100,14 @@ class Passes:
         self._open: dict[int, GPTDataset] = {}
 
     def stage(self, samples: int) -> None:
-        """Write the index of the passes that so many samples need. Collective; nothing is written twice."""
-        passes = min(-(-samples // self.samples), STAGED)
-        for number in range(passes):
-            first_rank_does(lambda number=number: self._write(number))  # type: ignore[misc]
-        self._staged = passes
+        """Write the index of the passes that so many samples need. Collective; nothing is written twice.
+
+        Raises EnvironmentUnfit where it can't be written, or not be seen from this machine.
+        """
+        self._staged = min(-(-samples // self.samples), STAGED) if samples else 0
+        folders = [self._folder(number) for number in range(self._staged)]
+        first_rank_does(lambda: self._write(folders))
+        seen_by_every_rank(folders, SHARED)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Sample `index`, any from 0 on: int64 [S + 1]. Pure."""
@@ -118,13 +122,7 @@ class Passes:
                 del self._open[next(iter(self._open))]
             # Beyond what is written down, each rank makes its own in memory: no rank waits for another.
             folder = self._folder(number) if number < self._staged else None
-            try:
-                self._open[number] = self._dataset(number, folder)
-            except FileNotFoundError as error:
-                raise EnvironmentUnfit(
-                    f"the index that rank 0 wrote is not here: {error.filename}; "
-                    "point plugins.indexed.cache or run.directory to a folder that all machines share"
-                ) from error
+            self._open[number] = self._dataset(number, folder)
         return self._open[number]
 
     def _dataset(self, number: int, cache: Path | None) -> GPTDataset:
@@ -163,21 +161,21 @@ class Passes:
         name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         return self._cache / f"{corpus.prefix.name}-{name}"
 
-    def _write(self, number: int) -> None:
-        """Whole or not at all: a run may be killed here, or another one may do the same."""
-        folder = self._folder(number)
-        if folder.exists():
-            return
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        partial.mkdir(parents=True)
-        try:
-            self._dataset(number, partial)
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    def _write(self, folders: Sequence[Path]) -> None:
+        """Each whole or not at all: a run may be killed here, or another one may do the same."""
+        for number, folder in enumerate(folders):
+            if folder.exists():
+                continue
+            partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+            partial.mkdir(parents=True)
+            try:
+                self._dataset(number, partial)
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 __all__ = ["TRAIN", "VALIDATION", "Part", "Passes"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -12,15 +13,21 @@ from dsplugins.contracts import EnvironmentUnfit
 def same_on_every_rank(digest: str, differs: str) -> None:
     """Raise EnvironmentUnfit unless all ranks have this `digest`: their machines may hold different files.
 
-    Collective where a process group is up; nothing to compare otherwise. `differs` follows the ranks.
+    Collective where a process group is up. `differs` follows the ranks in the message.
     """
-    if not _several():
-        return
-    digests: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest)
+    digests = _gathered(digest)
     others = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if others:
         raise EnvironmentUnfit(f"ranks {others} {differs}")
+
+
+def seen_by_every_rank(folders: Sequence[Path], remedy: str) -> None:
+    """Raise EnvironmentUnfit, on all ranks, where one doesn't see a folder that rank 0 wrote. Collective."""
+    hidden = next((str(folder) for folder in folders if not folder.is_dir()), "")
+    found = _gathered(hidden)
+    blind = [rank for rank, missing in enumerate(found) if missing]
+    if blind:
+        raise EnvironmentUnfit(f"ranks {blind} don't see {found[blind[0]]}, which rank 0 wrote; {remedy}")
 
 
 def first_rank_does(work: Callable[[], None]) -> None:
@@ -46,8 +53,17 @@ def first_rank_does(work: Callable[[], None]) -> None:
         raise EnvironmentUnfit(text) if unfit else RuntimeError(f"rank 0 failed: {text}")
 
 
+def _gathered[T](mine: T) -> list[T]:
+    """Of all ranks, by rank."""
+    if not _several():
+        return [mine]
+    all_ranks = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(all_ranks, mine)
+    return all_ranks
+
+
 def _several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-__all__ = ["first_rank_does", "same_on_every_rank"]
+__all__ = ["first_rank_does", "same_on_every_rank", "seen_by_every_rank"]

@@ -13,10 +13,10 @@ import torch
 from dsplugins.contracts import EnvironmentUnfit, Layout
 from dsplugins.corpora import sidecar
 from dsplugins.corpora.tokenizer import V3_MARKS
-from dsplugins.plugins.data.indexed import Indexed, IndexedOptions, Weighed
-from dsplugins.plugins.data.indexed_mixture import Mixture, Once
+from dsplugins.plugins.data.indexed import Indexed
+from dsplugins.plugins.data.indexed_mixture import Mixture
+from dsplugins.plugins.data.indexed_options import IndexedOptions, Weighed
 from dsplugins.schedules import Schedule
-from dsplugins.testing import JobFailed
 from runs import TINY
 
 SETTINGS = SimpleNamespace(vocab_size=512)
@@ -191,6 +191,8 @@ def test_without_weights_a_corpus_counts_by_its_size(web, code, planned):
     taken = data._mixture.taken(one + two)
     assert abs(taken[0] - one) <= 1 and taken.sum() == one + two
     assert data.validation_size >= sum(passes.samples for passes in data._held_out) - 1
+    read = {tuple(data.validation(i).tolist()) for i in range(data.validation_size)}
+    assert len(read) == data.validation_size, "none twice"
 
 
 @pytest.mark.parametrize("weights", [[1], [7, 3], [0.2, 0.5, 0.3], [1e-3, 1]])
@@ -207,10 +209,11 @@ def test_a_mixture_repeats_without_a_seam(weights):
 
 
 def test_validation_ends_before_a_sample_comes_twice():
-    once = Once([1, 1], [10, 4])
-    assert len(once) in (8, 9)
-    assert len({once[i] for i in range(len(once))}) == len(once)
-    assert len(Once([1, 1], [0, 4])) == 0
+    mixture = Mixture([1, 1])
+    assert [mixture.until(samples) for samples in ([10, 4], [4, 10], [4, 4], [0, 4])] == [9, 8, 8, 0]
+    assert mixture[9] == (1, 4), "the tenth sample would be the second corpus' fifth"
+    assert Mixture([1000, 1]).until([10**9, 10**5]) == pytest.approx(10**8, rel=1e-2)
+    assert Mixture([5]).until([7]) == 7 and Mixture([]).until([]) == 0
 
 
 def test_whole_corpora_are_held_out(web, code, planned):
@@ -230,7 +233,11 @@ def test_whole_corpora_are_held_out(web, code, planned):
 def test_facts_add_up(web, planned):
     facts = plugin(web).ds_data(planned()).facts
     made, whole = sidecar.read(web), documents(web)
-    assert facts["train_documents"] == 30 and facts["train_tokens"] == sum(map(len, whole[:30]))
+    assert (
+        len(facts["digest"]) == 64
+        and facts["train_documents"] == 30
+        and facts["train_tokens"] == sum(map(len, whole[:30]))
+    )
     assert facts["validation_tokens"] == facts["validation_samples"] * S
     held_out = sum(map(len, whole[30:])), sum(len(text.encode()) for text in texts("web")[30:])
     wanted = facts["validation_tokens"] * held_out[1] / held_out[0]
@@ -329,6 +336,13 @@ def test_missing_files_are_the_machines_fault(web, planned, lost):
         plugin(web).ds_data(planned())
 
 
+def test_all_missing_corpora_are_told_at_once(web, planned, tmp_path):
+    made = plugin(web, tmp_path / "one", tmp_path / "two", fim_rate=0.1)
+    problems = list(made.ds_check(planned(), SimpleNamespace(vocab_size=3)))
+    assert [problem.kind for problem in problems] == ["environment"] * 2 + ["recipe"] * 2
+    assert [problem.key for problem in problems[2:]] == ["plugins.indexed.fim_rate", "model.vocab_size"]
+
+
 def test_half_a_copy_and_a_lost_tokenizer_are_told(corpus, bpe, planned, tmp_path):
     moved = tmp_path / "moved.json"
     moved.write_bytes(bpe.path.read_bytes())
@@ -338,6 +352,7 @@ def test_half_a_copy_and_a_lost_tokenizer_are_told(corpus, bpe, planned, tmp_pat
     (tmp_path / "tokenizer.json").rename(tmp_path / "gone.json")
     (problem,) = plugin(prefix).ds_check(planned(), SETTINGS)
     assert problem.kind == "environment" and "its tokenizer is not at" in problem.message
+    (tmp_path / "gone.json").rename(moved)
     content = prefix.with_name("c.bin").read_bytes()
     prefix.with_name("c.bin").write_bytes(content[:-2])
     (problem,) = plugin(prefix).ds_check(planned(), SETTINGS)
@@ -373,9 +388,26 @@ def test_ranks_read_the_same_as_one_process(workers, web, code, planned):
     assert data.train(5000).tolist() == second[2]
 
 
-def test_ranks_with_other_corpora_stop(workers, web, code, planned):
-    with pytest.raises(JobFailed, match=r"ranks \[1\] read other corpora than rank 0"):
-        workers(2).run(read_on_a_rank, [[str(web)], [str(code)]], planned())
+def refused_on_a_rank(options, plan):
+    import torch.distributed as dist
+
+    with pytest.raises(EnvironmentUnfit) as caught:
+        Indexed(options[dist.get_rank()]).ds_data(plan)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("differs", ["corpora", "cache"])
+def test_machines_that_hold_other_files_stop_all_ranks(workers, web, code, planned, tmp_path, differs):
+    one = IndexedOptions(train=(str(web),), split=(3, 1), cache=str(tmp_path / "a"))
+    other = replace(
+        one, **({"train": (str(code),)} if differs == "corpora" else {"cache": str(tmp_path / "b")})
+    )
+    first, second = workers(2).run(refused_on_a_rank, [one, other], planned())
+    assert first == second
+    if differs == "corpora":
+        assert first.startswith("ranks [1] read other corpora than rank 0")
+    else:
+        assert first.startswith(f"ranks [1] don't see {tmp_path}/b/web-") and "plugins.indexed.cache" in first
 
 
 def test_two_ranks_train_on_it(web, code, tmp_path):
