@@ -158,7 +158,7 @@ def _same_order(everyone: Sequence[Seen]) -> None:
     moved = [f"node {known} is node {given} of torchrun" for given, known in numbers if given != known]
     if shuffled and moved:
         raise EnvironmentUnfit(
-            f"nodes are shuffled, {', '.join(moved[:4])}: the rendezvous c10d numbers them as they come, so "
+            f"nodes are shuffled, {', '.join(moved[:4])}: the rendezvous c10d numbers them by name, so "
             "that groups of ranks span distant nodes: give torchrun --node-rank, --master-addr and "
             "--master-port instead, as `dsplugins launch` writes them"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,3 +83,15 @@ def test_two_values_are_a_problem_of_the_recipe():
     (problem,) = contradictions(chosen)
     assert problem.message == f"plugins.b: needs {NAME}=32 in the environment, a needs {NAME}=1"
     assert problem.key == "plugins.b" and "`a: null`" in problem.remedy
+
+
+def test_explain_has_it_with_its_plugin(monkeypatch):
+    from click.testing import CliRunner
+
+    from dsplugins.cli.explain import command
+    from dsplugins.plugins.event.curves import Curves
+
+    monkeypatch.setattr(Curves, "env", {NAME: "32"})
+    recipe = str(Path(__file__).parent / "tiny.yaml")
+    done = CliRunner().invoke(command, [recipe, "environment", "--set", "plugins.curves={}"])
+    assert done.output.split() == [f"environment.{NAME}", "32", "[plugin", "curves]"]

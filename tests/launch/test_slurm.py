@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dsplugins.rundir import RunDirectory
+
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 FAKE = Path(__file__).with_name("fake_slurm.py")
 SETUP = ["parallel.expert=2", "train.steps=12"]
@@ -52,6 +54,12 @@ class Cluster:
         code, said = self.run(line, **environment)
         assert code == 0, said
         return [int(word) for word in (self.folder / "codes").read_text().split()], said
+
+    def step(self, code, more=""):
+        """From now on srun starts nothing: it leaves `code` in the run's status.json, as a rank does."""
+        program = f"from dsplugins.rundir import *; RunDirectory(Path('out')).end({code}, 'so it is')"
+        written = "" if code is None else f'"{sys.executable}" -c "{program}"\n'
+        (self.folder / "bin" / "srun").write_text(f"#!/bin/bash\n{written}{more}exit 1\n")
 
     def losses(self):
         rows = [json.loads(line) for line in (self.folder / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -111,6 +119,13 @@ def test_tasks_that_could_not_find_each_other_are_refused(cluster):
     assert code == 4 and "without MASTER_ADDR and MASTER_PORT" in said, said
 
 
+def test_a_job_that_is_cancelled_is_not_requeued(cluster):
+    """Slurm sends SIGTERM to the steps and to the script; the run saves, and nothing comes back."""
+    cluster.step(75, "kill -TERM $PPID\nsleep 0.1\n")
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == [-15] and cluster.status["code"] == 75, said
+
+
 def test_a_port_in_use(cluster):
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
@@ -128,11 +143,10 @@ def test_a_run_directory_that_can_not_be_written(cluster):
 
 @pytest.mark.parametrize(("code", "attempts"), [(3, [3]), (None, [1])])
 def test_other_ends_are_not_requeued(cluster, code, attempts):
-    """The step leaves `code` in status.json; what an earlier attempt left there is not taken for it."""
-    folder = cluster.folder / "out"
-    folder.mkdir()
-    (folder / "status.json").write_text('{\n "code": 75,\n "reason": ""\n}\n')
-    written = "" if code is None else f"printf '{{\\n \"code\": {code},\\n}}\\n' > out/status.json\n"
-    (cluster.folder / "bin" / "srun").write_text(f"#!/bin/bash\n{written}exit 1\n")
+    """What an earlier attempt left in status.json is not taken for this one's."""
+    run = RunDirectory(cluster.folder / "out")
+    run.announce()
+    run.end(75, "stopped early")
+    cluster.step(code)
     codes, said = cluster.launch(*RECIPE)
     assert codes == attempts, said
