@@ -89,7 +89,9 @@ def command(
     plugins, plan = prepared(loaded)
     work = job(loaded, plugins, plan, cluster, recipe, overrides)
     text = fill(template, work)
-    click.echo(f"{nodes} nodes, {work.processes} ranks each; run directory {work.run_directory}", err=True)
+    click.echo(
+        f"nodes: {nodes}, ranks on each: {work.processes}; run directory: {work.run_directory}", err=True
+    )
     _tell_environment(plugins)
     if dry_run or target == "torchrun":
         click.echo(text, nl=False)

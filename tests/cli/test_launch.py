@@ -47,7 +47,7 @@ def test_slurm_is_written_and_submitted(run, target, name, called):
     assert "#SBATCH --partition=big\n" in text and "#SBATCH --account=mine\n" in text
     assert "gpus-per-node" not in text  # the recipe names the plugin cpu
     assert said.splitlines() == [
-        "2 nodes, 2 ranks each; run directory runs/tiny",
+        "nodes: 2, ranks on each: 2; run directory: runs/tiny",
         "environment: nothing that a plugin asks for",
     ]
 
