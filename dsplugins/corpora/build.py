@@ -135,6 +135,10 @@ def _refuse_existing(wanted: Wanted) -> None:
     there = [path for path in (*_places(wanted.out).values(), sidecar.place(wanted.out)) if path.exists()]
     if there and not wanted.overwrite:
         raise BuildRefused(f"{there[0]} is there already: choose another --out, or --overwrite it")
+    try:
+        sidecar.read(wanted.out)
+    except sidecar.SidecarFault as error:
+        raise BuildRefused(f"{error}, and is not overwritten: choose another --out") from error
 
 
 def _refuse_result(wanted: Wanted, progress: Progress) -> None:

@@ -149,6 +149,11 @@ def test_what_is_there_is_replaced_only_when_asked(corpus, bpe):
         corpus("c", ["two"])
     corpus("c", ["two"], overwrite=True)
     assert bpe.decode(documents(prefix)[0][:-1]) == "two"
+    own = prefix.with_name("notes.json")
+    own.write_text('{"not": "a sidecar"}')
+    with pytest.raises(BuildRefused, match=r"notes\.json is not a sidecar.*choose another --out"):
+        corpus("notes", ["three"], overwrite=True)
+    assert own.read_text() == '{"not": "a sidecar"}'
 
 
 def test_a_tokenizer_without_the_marks_is_refused(corpus, bpe):

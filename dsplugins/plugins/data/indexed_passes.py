@@ -123,6 +123,7 @@ class Passes:
             # Beyond what is written down, each rank makes its own in memory: no rank waits for another.
             folder = self._folder(number) if number < self._staged else None
             self._open[number] = self._dataset(number, folder)
+            assert len(self._open[number]) == self.samples
         return self._open[number]
 
     def _dataset(self, number: int, cache: Path | None) -> GPTDataset:
