@@ -17,7 +17,7 @@ import torch
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dsplugins import audit, counts, model, settings
+from dsplugins import audit, counts, footprint, model, settings
 from dsplugins.audit.stages import misplaced, names
 from dsplugins.audit.table import span
 from dsplugins.contracts import Plan, Problem, Settings
@@ -51,6 +51,8 @@ class Row:
     parameters: int
     embedding_copy: int
     """How many of them are MTP's copy of the embedding, whose owner is the first stage."""
+    state: footprint.Footprint
+    """Bytes that last from step to step."""
 
 
 @dataclass
@@ -136,7 +138,14 @@ def _rows(number: int, stage: Stage) -> Iterator[Row]:
             layers=span(parts),
             parameters=sum(parameter.numel() for parameter in chunk.parameters()),
             embedding_copy=sum(parameter.numel() for parameter in counts.copied(chunk)),
+            state=footprint.expected([chunk], stage.settings, _moments(stage.plugins)),
         )
+
+
+def _moments(plugins: Plugins) -> torch.dtype:
+    """What the optimizer keeps its moments in: its owner's `moments`, FP32 where it has none."""
+    owner = plugins.owner("optimizer")
+    return getattr(torch, getattr(owner.plugin if owner else None, "moments", "float32"))
 
 
 def difference(said: str) -> Problem:

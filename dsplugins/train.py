@@ -22,6 +22,7 @@ from dsplugins.wishes import Stopped, Wishes
 
 if TYPE_CHECKING:
     from dsplugins.assemble import Assembly
+    from dsplugins.footprint import Footprint
     from dsplugins.recipe import Recipe
     from dsplugins.step import Progress
 
@@ -178,24 +179,29 @@ class Loop:
         """A completion, the plots, `run.json` and `status.json`; the process group ends."""
         import torch
 
+        from dsplugins import footprint
+
         completion = self._completion()
+        run = self.assembly
+        memory = footprint.largest(footprint.measured(run.chunks, run.optimizer), run.device)
         if self.leads:
             path = self.directory.path
             end = RunEnd(self.plan, path, done, self.evaluation, self.baselines, completion)
             for name, shown in self.plugins.event("ds_run_end", end=end):
                 for key, value in (shown or {}).items():
                     self.display.say(f"{name}: {key}: {value}")
-            self.directory.note("run.json", self._summary(completion))
+            self.directory.note("run.json", self._summary(completion, memory))
             self.directory.end(0, "complete", steps=done)
             self.display.say(f"done: {done} steps, everything is in {path}")
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
-    def _summary(self, completion: tuple[str, str, str] | None) -> dict[str, Any]:
+    def _summary(self, completion: tuple[str, str, str] | None, memory: Footprint) -> dict[str, Any]:
         return {
             "evaluation": vars(self.evaluation) if self.evaluation else None,
             "baselines": self.baselines,
             "completion": completion,
+            "memory": vars(memory),
             "peak_memory": self.assembly.platform.peak_memory(),
             "versions": versions(),
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsplugins.cli.columns import columns
 from dsplugins.settings import spans
+from dsplugins.words import size
 
 
 def text(findings: Mapping[str, Any], here: bool) -> str:
@@ -39,15 +40,30 @@ def _head(findings: Mapping[str, Any]) -> Iterator[str]:
 def _stages(rows: list[dict[str, Any]]) -> str:
     several = any(row["chunk"] for row in rows)
     copies = any(row["embedding_copy"] for row in rows)
-    table = [["stage", *(["chunk"] if several else []), "parameters of a rank", "layers"]]
+    table = [["stage", *(["chunk"] if several else []), "parameters of a rank", "state", "layers"]]
     for row in rows:
         layers = row["layers"]
         if row["embedding_copy"]:
             layers += f", a copy of the embedding ({row['embedding_copy']:,})"
         chunk = [str(row["chunk"])] if several else []
-        table.append([str(row["stage"]), *chunk, f"{row['parameters']:,}", layers])
+        state = size(sum(row["state"].values()))
+        table.append([str(row["stage"]), *chunk, f"{row['parameters']:,}", state, layers])
     note = "\nThe copy is MTP's own of the first stage's embedding, kept equal to it; counted once below."
-    return columns(_right(table, "parameters of a rank")) + (note if copies else "")
+    for title in ("parameters of a rank", "state"):
+        table = _right(table, title)
+    return columns(table) + (note if copies else "") + f"\n{_state(rows)}"
+
+
+def _state(rows: list[dict[str, Any]]) -> str:
+    """What the state of the fullest stage is made of; its chunks together."""
+    stages: dict[int, dict[str, int]] = {}
+    for row in rows:
+        sums = stages.setdefault(row["stage"], dict.fromkeys(row["state"], 0))
+        for name, count in row["state"].items():
+            sums[name] += count
+    fullest = max(stages, key=lambda stage: sum(stages[stage].values()))
+    parts = ", ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in stages[fullest].items())
+    return f"State of a rank of stage {fullest}, without activations: {parts}."
 
 
 def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:

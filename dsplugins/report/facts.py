@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from dsplugins.pictures.style import read_evaluations, read_metrics
+from dsplugins.words import duration, size
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,15 @@ class Facts:
             shown |= {
                 "steps": f"{last['step']:,}" + (f", {skipped} of them skipped" if skipped else ""),
                 "tokens": f"{last['tokens']:,}",
-                "time in steps": _duration(seconds),
+                "time in steps": duration(seconds),
                 "tokens a second": f"{median(row['tokens_per_second'] for row in self.rows):,.0f} (median)",
                 "last training loss": _number(last["loss"]),
             }
         if self.run.get("peak_memory"):
-            shown["peak memory of rank 0"] = f"{self.run['peak_memory'] / 2**30:.2f} GiB"
+            shown["peak memory of rank 0"] = size(self.run["peak_memory"])
+        if self.run.get("memory"):
+            parts = (f"{name.replace('_', ' ')} {size(count)}" for name, count in self.run["memory"].items())
+            shown["state of a rank, at most"] = ", ".join(parts)
         return shown | {name: str(value) for name, value in self.built.items() if isinstance(value, str)}
 
     def looks(self) -> list[dict[str, str]]:
@@ -101,17 +105,6 @@ def _number(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
-
-
-def _duration(seconds: float) -> str:
-    """`3 min 17 s`, `2 d 4 h`: the two largest units."""
-    units: list[str] = []
-    rest = round(seconds)
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, size)
-        if count or units:
-            units.append(f"{count} {name}")
-    return " ".join(units[:2]) or "0 s"
 
 
 __all__ = ["Facts", "read"]

@@ -76,6 +76,17 @@ def test_each_stage_of_v3_holds_what_one_rank_should(v3):
     assert [stage["embedding_copy"] for stage in stages] == [0] * 15 + [EMBEDDING]
 
 
+def test_each_stage_of_v3_says_what_its_state_weighs(v3):
+    """BF16 weights and moments, FP32 gradients and main weights; ZeRO over 128 ranks, for experts over 2."""
+    row = next(stage for stage in v3["stages"] if stage["layers"] == "decoder.4-7")
+    experts = 4 * 256 // 64 * 3 * HIDDEN * 2048
+    share = (row["parameters"] - experts) / 128 + experts / 2
+    state = row["state"]
+    assert (state["weights"], state["gradients"]) == (2 * row["parameters"], 4 * row["parameters"])
+    assert state["main_weights"] == pytest.approx(4 * share, abs=4 * 100)
+    assert state["moments"] == pytest.approx(4 * share, abs=4 * 100)
+
+
 def test_v3_is_built_as_2048_ranks_with_stand_ins_and_every_batch_is_looked_at(v3):
     layout = v3["layout"]
     assert (layout["world_size"], layout["data"], layout["expert_data"]) == (2048, 128, 2)
@@ -210,7 +221,7 @@ def test_a_fault_is_told_with_place_key_and_remedy(answers, fault):
 
 def test_allowed_micro_batches_are_listed(answers):
     (problem,) = answers["interleaved batches"]["problems"]
-    assert problem["remedy"].startswith("it allows 2, 4, 6")
+    assert problem["remedy"].startswith("interleaved allows 2, 4, 6")
 
 
 def test_what_was_built_is_audited_over_all_stages(answers):

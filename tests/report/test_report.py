@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsplugins.cli.report import command
-from dsplugins.report.facts import _duration, read
+from dsplugins.report.facts import read
 from dsplugins.report.page import page
 
 RESOLVED = "plugins:\n  cpu: {}\ntrain:\n  steps: 4 # <b>\n"
@@ -47,7 +47,8 @@ def run(tmp_path):
         "max_vio": 0.5,
         "expert_load": {"decoder.1": [4, 4], "mtp.0": [2, 6]},
     }
-    ended = {"baselines": {"bigram": 2.4}, "completion": ["def f", "(<i>)", "(x)"], "peak_memory": 2**31}
+    ended = {"baselines": {"bigram": 2.4}, "completion": ["def f", "(<i>)", "(x)"]}
+    ended |= {"peak_memory": 2**31, "memory": {"weights": 2**20}}
     notes = {
         "plugins.lock.json": lock,
         "built.json": {"parameters": "94,848 total", "layers": [{"layers": "decoder.0", "mlp": "MLP"}]},
@@ -78,6 +79,7 @@ def test_a_complete_run(run):
         "time in steps 2 min 0 s",
         "tokens a second 250 (median)",
         "peak memory of rank 0 2.00 GiB",
+        "state of a rank, at most weights 1.0 MiB",
         "parameters 94,848 total",
         "4 4.6 6.63 4.7 25.0% 0.5 8",
         "A bigram model of the same text: 2.4 nats",
@@ -130,10 +132,3 @@ def test_the_command(run, tmp_path_factory):
     assert done.exit_code == 0 and (run / "report.html").read_text().startswith("<!doctype html>")
     nothing = CliRunner().invoke(command, [str(tmp_path_factory.mktemp("nothing"))])
     assert nothing.exit_code == 2 and "holds no run" in nothing.output
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0.2, "0 s"), (59.6, "1 min 0 s"), (3700, "1 h 1 min"), (187200, "2 d 4 h")]
-)
-def test_durations(seconds, said):
-    assert _duration(seconds) == said

@@ -1,0 +1,25 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def size(count: float) -> str:
+    """Bytes: `18.07 GiB`, `3.5 MiB`, `12 KiB`, in the largest unit of which there is a tenth."""
+    for unit, digits, power in (("GiB", 2, 30), ("MiB", 1, 20)):
+        if count >= 0.1 * 2**power:
+            return f"{count / 2**power:.{digits}f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """`3 min 17 s`, `2 d 4 h`: the two largest units."""
+    units: list[str] = []
+    rest = round(seconds)
+    for name, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count or units:
+            units.append(f"{count} {name}")
+    return " ".join(units[:2]) or "0 s"
+
+
+__all__ = ["duration", "size"]
