@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from dsplugins.cli.communication import communication
+from dsplugins.cli.experiment_runs import folder, train_all
 
 if TYPE_CHECKING:
     from dsplugins.experiments.balance import Measured
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 @click.group("experiment")
 def command() -> None:
     """Run an experiment: several training runs, a record of the numbers, a picture, a verdict."""
+
+
+command.add_command(communication)
 
 
 @command.command("balance")
@@ -63,8 +66,8 @@ def balance(
     from dsplugins.experiments.balance_plot import draw
 
     _needs_matplotlib()
-    with _folder(kept) as folder:
-        measured = _measured(steps, seeds, jobs, overrides, folder)
+    with folder(kept, "balance") as where:
+        measured = _measured(steps, seeds, jobs, overrides, where)
     found = experiment.results(measured, steps, overrides)
     line = ["dsplugins", "experiment", "balance", "--steps", str(steps), "--seeds", str(seeds)]
     path = records.write(out, "balance", [*line, *map(shlex.quote, overrides)], found)
@@ -82,34 +85,13 @@ def _needs_matplotlib() -> None:
         )
 
 
-@contextmanager
-def _folder(kept: Path | None) -> Iterator[Path]:
-    if kept is not None:
-        yield kept
-        return
-    with tempfile.TemporaryDirectory(prefix="dsplugins-balance-") as folder:
-        yield Path(folder)
-
-
-def _measured(steps: int, seeds: int, jobs: int, overrides: Sequence[str], folder: Path) -> list[Measured]:
-    """Train whatever is to be trained, and tell on stderr how far it is. A failed run's code becomes ours."""
+def _measured(steps: int, seeds: int, jobs: int, overrides: Sequence[str], where: Path) -> list[Measured]:
+    """Train all runs and look at each."""
     from dsplugins.experiments import balance as experiment
-    from dsplugins.experiments.runs import RunFailed, execute
 
     planned = list(experiment.runs(steps, seeds, overrides))
-    began, done = time.monotonic(), []
-
-    def tell(run: Any) -> None:
-        done.append(run)
-        passed = time.monotonic() - began
-        click.echo(f"{run.name}: trained ({len(done)} of {len(planned)} runs, {passed:.0f} s)", err=True)
-
-    try:
-        execute([run for _, _, run in planned], folder, jobs, tell)
-    except RunFailed as error:
-        click.echo(str(error), err=True)
-        raise SystemExit(error.code) from None
-    return [experiment.measure(way, seed, folder / run.name) for way, seed, run in planned]
+    train_all([run for _, _, run in planned], where, jobs)
+    return [experiment.measure(way, seed, where / run.name) for way, seed, run in planned]
 
 
 def _page(found: dict[str, Any], path: Path) -> str:
