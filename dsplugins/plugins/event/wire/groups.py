@@ -15,6 +15,7 @@ NAMES = {
     "EXPERT_TENSOR_PARALLEL_GROUP": "expert-tensor",
     "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "expert x expert-tensor",
     "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "experts' model",
+    "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP": "experts' model",
     "EXPERT_DATA_PARALLEL_GROUP": "expert-data",
     "INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": "expert-data",
     "EMBEDDING_GROUP": "embedding",

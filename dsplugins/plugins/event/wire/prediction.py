@@ -139,8 +139,7 @@ def _loop(rank: Rank) -> Iterator[Payload]:
     if layout.world_size > 1:
         flags = 2 * FP32
         yield Key("all_reduce", "world"), (3 + layers * experts) * INT64 + flags
-        if rank.settings.ddp.use_distributed_optimizer and rank.settings.optimizer.clip_grad > 0:
-            yield Key("all_reduce", "optimizer"), FP32  # the gradient norm
+        yield from _norm(rank)
     if layout.tensor * layout.data * layout.context > 1:
         yield Key("all_reduce", "tensor x data"), rank.expert_layers * (experts + 1) * FP32
     yield Key("all_reduce", "tensor"), replicated_gradients(rank)
@@ -148,6 +147,21 @@ def _loop(rank: Rank) -> Iterator[Payload]:
     if layout.pipeline > 1 and rank.stage in ends and config.mtp_num_layers:
         rows = rank.settings.vocab_size // layout.tensor  # both ends hold MTP's embedding
         yield Key("all_reduce", "embedding"), rows * config.hidden_size * FP32
+
+
+def _norm(rank: Rank) -> Iterator[Payload]:
+    """The gradient norm, for clipping: one number over whoever holds a part of what is optimized."""
+    layout = rank.layout
+    if rank.settings.optimizer.clip_grad <= 0:
+        return
+    if rank.settings.ddp.use_distributed_optimizer:
+        yield Key("all_reduce", "optimizer"), FP32
+        return
+    if layout.tensor * layout.pipeline > 1:
+        yield Key("all_reduce", "model"), FP32
+    experts = any(not getattr(p, "allreduce", True) for chunk in rank.chunks for p in chunk.parameters())
+    if experts and layout.expert * layout.expert_tensor * layout.pipeline > 1:
+        yield Key("all_reduce", "experts' model"), FP32
 
 
 def _expert_layers_of_all(config: Any) -> int:

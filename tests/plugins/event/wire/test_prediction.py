@@ -14,7 +14,7 @@ CASES: dict[str, list[str]] = {
         "plugins.adamw.overlap_param_gather=true",
         "ddp.bucket_size=4000",
     ],
-    "dp2, no zero": ["plugins.adamw.zero=false"],
+    "ep2, no zero": ["parallel.expert=2", "plugins.adamw.zero=false"],
     "ep2": ["parallel.expert=2"],
     "ep2, allgather": ["parallel.expert=2", "plugins.alltoall=null", "plugins.allgather={}"],
     "tp2": ["parallel.tensor=2", "plugins.aux_free.sequence_loss=0.0"],

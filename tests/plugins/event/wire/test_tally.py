@@ -154,3 +154,25 @@ def test_no_operator_of_torch_is_forgotten():
     there = {name for name in there if not name.startswith("_c10d_functional")}
     assert there - set(READINGS) == {"check_for_nan"}
     assert set(READINGS) - there <= {"gather_into_tensor_"}, "newer than the oldest torch that is supported"
+
+
+def kernels():
+    """Where the code stands that an all-reduce of each device goes through first."""
+    import torch
+
+    lines = torch._C._dispatch_dump_table("c10d::allreduce_").splitlines()
+    return {line.split(":")[0]: line for line in lines if line.startswith(("AutogradCPU:", "AutogradCUDA:"))}
+
+
+def test_it_stands_in_the_way_only_while_it_counts_and_of_every_device():
+    import torch.distributed  # noqa: F401
+
+    from dsplugins.plugins.event.wire.tally import Tally
+
+    before, tally = kernels(), Tally()
+    tally.start()
+    during = kernels()
+    tally.stop()
+    assert len(before) == 2 and not any("wire/tally.py" in line for line in before.values())
+    assert all("wire/tally.py" in line for line in during.values())
+    assert kernels() == before
