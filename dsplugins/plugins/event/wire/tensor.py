@@ -62,9 +62,7 @@ def tensor_parallel(rank: Rank) -> Iterator[tuple[Key, float]]:
     recompute, experts that are cut themselves; the table shows what these send as not predicted.
     """
     config, layout = rank.config, rank.layout
-    slots = rank.plan.slots
-    known = slots.get("attention") == "mla" and slots.get("backend") == "torch_local" and config.q_lora_rank
-    if layout.tensor == 1 or not known or "recompute" in slots or layout.expert_tensor > 1:
+    if not _known(rank):
         return
     total = Columns()
     for layer in rank.layers:
@@ -82,6 +80,14 @@ def tensor_parallel(rank: Rank) -> Iterator[tuple[Key, float]]:
     yield Key("all_reduce", "tensor"), 3 * heads * rank.tokens * FP32  # cross entropy: maximum, target, sum
 
 
+def _known(rank: Rank) -> bool:
+    """Whether all of the traffic in the tensor group is what this module has formulas for."""
+    slots = rank.plan.slots
+    local = slots.get("attention") == "mla" and slots.get("backend") == "torch_local"
+    whole = "recompute" not in slots and rank.layout.expert_tensor == 1
+    return rank.layout.tensor > 1 and local and whole and bool(rank.config.q_lora_rank)
+
+
 def _ends(rank: Rank) -> tuple[int, int, int]:
     """How often embedding and head run here, and how many of MTP's blocks."""
     depths = sum(len(chunk.mtp.layers) for chunk in rank.chunks if getattr(chunk, "mtp", None) is not None)
@@ -92,7 +98,7 @@ def _ends(rank: Rank) -> tuple[int, int, int]:
 
 def replicated_gradients(rank: Rank) -> float:
     """Bytes of FP32 gradients of what each tensor-parallel rank holds whole: norms, routers. Once a step."""
-    if rank.layout.tensor == 1:
-        return 0
+    if not _known(rank):
+        return 0  # half a prediction would look like a wrong one
     held = (p for chunk in rank.chunks for p in chunk.parameters() if getattr(p, "sequence_parallel", False))
     return FP32 * sum(parameter.numel() for parameter in held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,3 +67,27 @@ def test_prediction_is_measurement(workers, case):
     for key in UNEVEN & set(ranks[0][0]):
         told, counted = (sum(rank[i][key] for rank in ranks) for i in (0, 1))
         assert told == counted > 0, key
+
+
+SLOTS = {"attention": "mla", "backend": "torch_local"}
+
+
+@pytest.mark.parametrize(
+    ("slots", "sizes"),
+    [
+        (SLOTS | {"attention": "gqa"}, {}),
+        (SLOTS | {"backend": "te"}, {}),
+        (SLOTS | {"recompute": "v3_recompute"}, {}),
+        (SLOTS, {"expert_tensor": 2}),
+    ],
+)
+def test_what_has_no_formula_is_left_out_whole(slots, sizes):
+    """Half of a row would look like a wrong prediction."""
+    from dsplugins.contracts import Layout
+    from dsplugins.plugins.event.wire.prediction import Rank
+    from dsplugins.plugins.event.wire.tensor import replicated_gradients, tensor_parallel
+
+    plan: Any = SimpleNamespace(layout=Layout(world_size=2, tensor=2, **sizes), slots=slots)
+    settings: Any = SimpleNamespace(model=SimpleNamespace(q_lora_rank=16))
+    rank = Rank(plan, settings, [], stage=0)
+    assert list(tensor_parallel(rank)) == [] and replicated_gradients(rank) == 0
