@@ -10,10 +10,10 @@ BF16 = ["plugins.fp32=null", "plugins.bf16={}"]
 def both(overrides):
     """(expected, measured) of this rank after one step, and how many parameters it holds."""
     import torch
+    from runs import assembled
 
     from dsplugins import footprint
     from dsplugins.step import Progress, take_step
-    from runs import assembled
 
     with assembled(overrides) as run:
         take_step(run, Progress())

@@ -11,9 +11,10 @@ RECOMPUTE = ["plugins.v3_recompute={mla_up_proj: false}"]
 
 def held(overrides):
     """Bytes for one micro-batch, and what recomputation says it avoids."""
+    from runs import assembled
+
     from dsplugins.experiments.memory_rank import activations
     from dsplugins.model import bare
-    from runs import assembled
 
     with assembled(overrides) as run:
         report = getattr(bare(run.chunks[0]), "ds_recompute_report", None)

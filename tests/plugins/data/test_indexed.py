@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from runs import TINY
 
 from dsplugins.contracts import EnvironmentUnfit, Layout
 from dsplugins.corpora import sidecar
@@ -17,7 +18,6 @@ from dsplugins.plugins.data.indexed import Indexed
 from dsplugins.plugins.data.indexed_mixture import Mixture
 from dsplugins.plugins.data.indexed_options import IndexedOptions, Weighed
 from dsplugins.schedules import Schedule
-from runs import TINY
 
 SETTINGS = SimpleNamespace(vocab_size=512)
 S = 16

@@ -50,10 +50,11 @@ def digest(run: Any) -> str:
 
 def course(overrides: list[str], folder: str, until: int) -> dict[str, Any]:
     """Up to step `until`, from the checkpoint in `folder` if there is one; evaluates and saves after 2."""
+    from runs import assembled
+
     from dsplugins.evaluate import evaluate
     from dsplugins.saver import Saver
     from dsplugins.step import take_step
-    from runs import assembled
 
     with assembled([*overrides, "save.asynchronous=false", "evaluate.sequences=4"]) as run:
         saver = Saver(run, Path(folder))
@@ -108,9 +109,10 @@ def test_overlap_changes_no_bit(workers, tmp_path, case):
 
 def stale(folder: str) -> bool:
     """Whether weights that nobody gathered differ from the gathered ones."""
+    from runs import assembled
+
     from dsplugins.model import gather_weights
     from dsplugins.step import Progress, take_step
-    from runs import assembled
 
     with assembled(BOTH) as run:
         take_step(run, Progress())

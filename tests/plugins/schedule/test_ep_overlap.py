@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from runs import trained
 
 from dsplugins.contracts import Layout
 from dsplugins.plugins.schedule.ep_overlap import EpOverlap
 from dsplugins.plugins.schedule.interleaved import InterleavedOptions
-from runs import trained
 
 BF16 = ["plugins.fp32=null", "plugins.bf16={}", "train.steps=3", "parallel.expert=2"]
 OVERLAP = ["plugins.one_f_one_b=null", "plugins.ep_overlap={}"]
@@ -113,11 +113,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("change", REFUSED)
 def test_what_megatron_core_cannot_overlap_is_one_message(single, change):
+    from runs import TINY
+
     from dsplugins.contracts import RecipeError
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
     from dsplugins.settings import settle
-    from runs import TINY
 
     recipe = Recipe.load(TINY, [*BF16, *OVERLAP, "run.world_size=2", *change.split()])
     plugins, plan = prepare(recipe)

@@ -34,10 +34,11 @@ FLAGS = 8
 
 def told_and_counted(overrides: list[str]) -> tuple[dict[Any, float], dict[Any, float], bool]:
     """Payload by (kind, group) of the second step, on this rank; whether the third one went uncounted."""
+    from runs import assembled
+
     from dsplugins.plugins.event.wire.prediction import Rank, bare, predict
     from dsplugins.plugins.event.wire.tally import Tally
     from dsplugins.step import Progress, take_step
-    from runs import assembled
 
     with assembled(overrides) as run:
         from megatron.core import parallel_state
