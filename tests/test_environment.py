@@ -93,5 +93,5 @@ def test_explain_has_it_with_its_plugin(monkeypatch):
 
     monkeypatch.setattr(Curves, "env", {NAME: "32"})
     recipe = str(Path(__file__).parent / "tiny.yaml")
-    done = CliRunner().invoke(command, [recipe, "environment", "--set", "plugins.curves={}"])
+    done = CliRunner().invoke(command, [recipe, "environment", "plugins.curves={}"])
     assert done.output.split() == [f"environment.{NAME}", "32", "[plugin", "curves]"]

@@ -59,7 +59,7 @@ def test_its_state_goes_on_with_the_run(installed, tmp_path):
 
 def test_options_are_checked_with_its_name(installed, tmp_path):
     swap = ["plugins.aux_free=null", "plugins.first_come={temperatur: 0.5}"]
-    done = run(installed, tmp_path, "explain", str(TINY), *[x for o in swap for x in ("--set", o)])
+    done = run(installed, tmp_path, "explain", str(TINY), *swap)
     assert done.returncode == 3 and "did you mean temperature" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""`dsplugins explain RECIPE [KEY]`: every effective value with its origin, every slot with its owner."""
+"""`dsplugins explain RECIPE [KEY ...] [KEY=VALUE ...]`: every effective value with its origin, every slot with its owner."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ if TYPE_CHECKING:
 
 @click.command("explain")
 @click.argument("recipe")
-@click.argument("key", required=False)
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As on train's command line.")
+@click.argument("words", nargs=-1, metavar="[KEY]... [KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def command(recipe: str, key: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what RECIPE comes to: slots, then each value and who wrote it; only below KEY if given."""
+def command(recipe: str, words: tuple[str, ...], as_json: bool) -> None:
+    """Show what RECIPE comes to: slots, then each value and who wrote it.
+
+    A KEY shows only what is below it; KEY=VALUE overrides, as for train.
+    """
     from dsplugins.contracts import RecipeError
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
     from dsplugins.settings import ledger
 
-    loaded = Recipe.load(recipe, overrides)
+    keys = [word for word in words if "=" not in word]
+    loaded = Recipe.load(recipe, [word for word in words if "=" in word])
     plugins, plan = prepare(loaded)
     book = ledger(plan, plugins, loaded)
     if book.problems:
         raise RecipeError(loaded.located(book.problems))
     rows = [*_slots(plugins), *_environment(plugins), *_sections(loaded, plan), *_options(loaded, plugins)]
     rows += [(k, _show(v), book.writers[k]) for k, v in sorted(book.values.items())]
-    if key:
-        rows = [row for row in rows if row[0] == key or row[0].startswith(key + ".")]
-        if not rows:
-            raise click.UsageError(f"{recipe} comes to nothing called {key}")
+    if keys:
+        rows = _below(recipe, keys, rows)
     if as_json:
         click.echo(
             json.dumps([dict(zip(("key", "value", "origin"), row, strict=True)) for row in rows], indent=1)
@@ -47,6 +48,14 @@ def command(recipe: str, key: str | None, overrides: tuple[str, ...], as_json: b
     width = max(len(row[0]) for row in rows)
     for name, value, origin in rows:
         click.echo(f"{name:{width}}  {value}  [{origin}]")
+
+
+def _below(recipe: str, keys: list[str], rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The rows at `keys` and below them. UsageError for a key with none."""
+    for key in keys:
+        if not any(f"{row[0]}.".startswith(f"{key}.") for row in rows):
+            raise click.UsageError(f"{recipe} comes to nothing called {key}")
+    return [row for row in rows if any(f"{row[0]}.".startswith(f"{key}.") for key in keys)]
 
 
 def _slots(plugins: Plugins) -> Iterator[tuple[str, str, str]]:

@@ -60,7 +60,7 @@ def test_show_names_hooks_and_options():
 
 
 def test_explain_says_value_and_origin():
-    rows = json.loads(run("explain", "tests/tiny.yaml", "model", "--set", "model.hidden_size=64", "--json"))
+    rows = json.loads(run("explain", "tests/tiny.yaml", "model", "model.hidden_size=64", "--json"))
     found = {row["key"]: (row["value"], row["origin"]) for row in rows}
     assert found["model.hidden_size"] == ("64", "command line")
     assert found["model.multi_latent_attention"][1] == "plugin mla"
