@@ -12,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins.contracts import Problem
+from dsplugins.contracts import Problem, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dsplugins.contracts import Plan
     from dsplugins.manager import Plugins
+    from dsplugins.recipe import Recipe
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     plugins, plan = prepare(recipe)
     rows = everything()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.run.world_size))
-    problems = [*_libraries(rows), *_devices(plan, plugins, processes)]
+    problems = [*_libraries(rows), *_devices(plan, plugins, processes), *_parts(recipe, plan, plugins)]
     answer = {
         "problems": [asdict(problem) for problem in recipe.located(problems)],
         "machine": {"processes": processes, "found": rows},
@@ -56,6 +57,22 @@ def _devices(plan: Plan, plugins: Plugins, processes: int) -> Iterator[Problem]:
     if processes < plan.run.world_size and plan.run.world_size % processes:
         said = f"LOCAL_WORLD_SIZE={processes} does not divide run.world_size={plan.run.world_size}"
         yield Problem(said, "run.world_size", "start as many on each machine", kind="environment")
+
+
+def _parts(recipe: Recipe, plan: Plan, plugins: Plugins) -> Iterator[Problem]:
+    """What plugins find wrong with a GPU that they can see: the process that builds the stages sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    from dsplugins import settings
+
+    try:
+        settled = settings.construct(plan, plugins, recipe)
+    except RecipeError:
+        return  # the other process says so
+    for _, found in plugins.event("ds_check", plan=plan, settings=settled):
+        yield from (problem for problem in found or () if problem.kind == "environment")
 
 
 if __name__ == "__main__":

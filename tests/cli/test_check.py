@@ -260,12 +260,16 @@ def test_what_cannot_be_built_without_a_library_is_the_environments_fault(answer
 
 
 def test_text_shows_stages_and_counts_and_here_adds_the_machine():
-    arguments = [TINY, "plugins.cpu=null", "plugins.cuda={}", "--here"]
-    shown, told = check(*arguments, code=4)
-    assert "layout: 1 processes, data parallel 1" in shown
+    arguments = [TINY, "plugins.cpu=null", "plugins.cuda={}", "plugins.fp32=null", "plugins.bf16={}"]
+    arguments += ["plugins.alltoall=null", "plugins.deepep={}", "parallel.expert=2", "run.world_size=2"]
+    shown, told = check(*arguments, "--here", code=4)
+    assert "layout: 2 processes, data parallel 2, expert 2" in shown
+    assert "stand-in: built with alltoall in the place of deepep, which a run uses" in shown
     assert "embedding, decoder.0-3, mtp.0, head" in shown and "with correction biases" in shown
     assert "megatron-core" in shown
     assert "platform cuda needs 1 GPUs on this machine, torch sees 0" in told
+    if importlib.util.find_spec("deep_ep") is None:
+        assert "plugins.deepep: needs the package deep_ep, which isn't installed here" in told
 
 
 def test_problems_of_text_and_sizes_are_told_at_once_as_json():

@@ -31,10 +31,9 @@ class Config:
 
 
 class Buffer:
-    """Dispatch and combine; `node` ranks stand in a node."""
+    """Dispatch and combine of ranks that share a node, so that nobody counts by node."""
 
     num_sms = 20
-    node = 1
 
     def __init__(self, group, num_nvl_bytes=0, num_rdma_bytes=0):
         self.group, self.num_nvl_bytes, self.num_rdma_bytes = group, num_nvl_bytes, num_rdma_bytes
@@ -56,9 +55,7 @@ class Buffer:
         assert topk_idx.dtype == torch.int64
         chosen = dense(topk_idx, torch.ones_like(topk_idx), num_experts).bool()
         in_rank = chosen.view(len(topk_idx), self.group.size(), -1).any(-1)
-        in_node = in_rank.view(len(topk_idx), -1, self.node).any(-1)
-        per_rank, per_node, per_expert = (part.sum(0).int() for part in (in_rank, in_node, chosen))
-        return per_rank, per_node, per_expert, in_rank, EventOverlap()
+        return in_rank.sum(0).int(), None, chosen.sum(0).int(), in_rank, EventOverlap()
 
     def dispatch(
         self,
