@@ -47,7 +47,10 @@ def field_names(section: str) -> frozenset[str]:
             tree = ast.parse(path.read_text() if path.exists() else "")
             classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     if wanted not in classes:
-        raise EnvironmentUnfit("megatron-core is not installed, or not one we know: see dsplugins doctor")
+        raise EnvironmentUnfit(
+            "megatron-core is not installed here, or not in a version that dsplugins knows, and a recipe is "
+            "checked against its fields: pip install 'megatron-core>=0.19.2,<0.20', or see dsplugins doctor"
+        )
     return frozenset(_fields(wanted, classes))
 
 

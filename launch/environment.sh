@@ -76,11 +76,13 @@ install() { # installs dsplugins[$1] into $VENV
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # made by uv, or --without-pip
         "$VENV/bin/python" -m ensurepip >/dev/null
     fi
-    echo "installing dsplugins[$1] into $VENV: some minutes the first time, torch is large"
-    if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "${ROOT}[$1]"; then
+    echo "installing dsplugins[$1] into $VENV: some minutes and gigabytes the first time, for torch"
+    trap 'echo "stopped while installing: the same command goes on." >&2; exit 130' INT TERM
+    if ! "$VENV/bin/python" -m pip install --disable-pip-version-check -e "${ROOT}[$1]"; then
         echo "pip failed after $((SECONDS - began)) s, see above; run this again when that is mended." >&2
         return 4
     fi
+    trap - INT TERM
     echo "installed after $((SECONDS - began)) s"
 }
 

@@ -134,7 +134,7 @@ def test_installed_once_until_pyproject_or_extras_change(machine):
     said, _ = machine.ensure("plot")
     assert "installing dsplugins[plot]" in said and "installed after" in said
     assert said.endswith(f"VENV={machine.root}/.venv\n")
-    assert machine.installs == [f"-m pip install --quiet --disable-pip-version-check -e {machine.root}[plot]"]
+    assert machine.installs == [f"-m pip install --disable-pip-version-check -e {machine.root}[plot]"]
     assert machine.ensure("plot")[0] == f"VENV={machine.root}/.venv\n"
     machine.ensure("test")
     assert len(machine.installs) == 2
