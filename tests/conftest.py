@@ -25,4 +25,6 @@ def pytest_collection_modifyitems(items):
 
     if not torch.cuda.is_available():
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU: run `pytest -m gpu` on a machine with one"))
+            # Its name, so that `-rs` has a line for each and doesn't only count them.
+            reason = f"{item.name} needs a GPU: run launch/gpu.sh on a machine with one"
+            item.add_marker(pytest.mark.skip(reason=reason))

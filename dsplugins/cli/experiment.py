@@ -12,6 +12,7 @@ import click
 
 from dsplugins.cli.communication import communication
 from dsplugins.cli.experiment_runs import folder, train_all
+from dsplugins.cli.gpu import gpu
 from dsplugins.cli.memory import memory
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def command() -> None:
 
 
 command.add_command(communication)
+command.add_command(gpu)
 command.add_command(memory)
 
 

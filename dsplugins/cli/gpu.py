@@ -1,0 +1,61 @@
+"""`dsplugins experiment gpu`: what one GPU shows, in a record."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+
+@click.command("gpu")
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--rounds", default=20, show_default=True, type=click.IntRange(min=1), help="Timed passes of each."
+)
+@click.option(
+    "--out",
+    default="docs/records",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for gpu.json.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
+def gpu(overrides: tuple[str, ...], rounds: int, out: Path, as_json: bool) -> None:
+    """Time one GPU: a step beside a hand-written loop, V3's layers at full width, attention paths.
+
+    With the backend torch_local, and with te where transformer_engine is installed. The MoE layer needs
+    70 GiB. OVERRIDES are dot keys for all parts. Exit code 1 if a part failed; the record says how.
+    """
+    from dsplugins import records
+    from dsplugins.cli.columns import columns
+    from dsplugins.experiments import gpu as experiment
+
+    _needs_device(overrides)
+    measured = []
+    with tempfile.TemporaryDirectory(prefix="dsplugins-gpu-") as folder:
+        for way in experiment.ways():
+            click.echo(f"{way}: measuring", err=True)
+            measured.append(experiment.measure(way, overrides, rounds, Path(folder)))
+    found = experiment.results(measured, rounds, overrides)
+    line = ["dsplugins", "experiment", "gpu", *map(shlex.quote, overrides), "--rounds", str(rounds)]
+    path = records.write(out, "gpu", line, found)
+    click.echo(
+        path.read_text() if as_json else f"{columns(experiment.table(found))}\n\n{path}", nl=not as_json
+    )
+    raise SystemExit(0 if found["holds"] else 1)
+
+
+def _needs_device(overrides: Sequence[str]) -> None:
+    """Raise EnvironmentUnfit, before anything starts, where the platform lacks its device."""
+    from dsplugins.contracts import EnvironmentUnfit
+    from dsplugins.experiments.gpu import STEP, Way, changes
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+
+    way = Way("step", "torch_local")
+    plugins, plan = prepare(Recipe.load(STEP, [*changes(way), *overrides]))
+    for problem in plugins.slot("platform", plan=plan).problems(1):
+        raise EnvironmentUnfit(f"{problem.message}: {problem.remedy}")

@@ -1,0 +1,136 @@
+"""What one GPU shows: steps beside a hand-written loop, V3's layers at full width, attention paths.
+
+Each part is measured in a process of its own, so that its peak of memory is its own; see `gpu_part`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PARTS: Mapping[str, str] = {
+    "step": "a step of bench/large.yaml, and of a hand-written loop over the same modules, in turn",
+    "moe_layer": "forward and backward of V3's MoE layer, all 256 experts on this GPU",
+    "mla_block": "forward and backward of V3's attention block",
+    "attention": "forward and backward of core attention alone, V3's 128 heads of 192 and 128",
+}
+"""Part -> what is timed."""
+STEP, LAYER = "bench/large.yaml", "deepseek_v3/v3_671b.yaml"
+"""Recipes: of the step, and of the other parts."""
+PLATFORMS, BACKENDS = ("cpu", "cuda"), ("torch_local", "te")
+LIBRARIES = {"te": "transformer_engine"}
+"""Backend -> the library that it needs."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One part with one backend."""
+
+    part: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.part}, {self.backend}"
+
+
+def ways() -> Iterator[Way]:
+    """All of them, in the order in which they are measured."""
+    return (Way(part, backend) for part in PARTS for backend in BACKENDS)
+
+
+def changes(way: Way) -> list[str]:
+    """What puts the part's recipe on a GPU, with the backend."""
+    recipe = STEP if way.part == "step" else LAYER
+    return [*swapped(recipe, PLATFORMS, "cuda"), *swapped(recipe, BACKENDS, way.backend)]
+
+
+def swapped(recipe: str, choices: Sequence[str], wanted: str) -> Iterator[str]:
+    """Overrides that leave `wanted` alone of the plugins `choices`, which fill one slot."""
+    from dsplugins.recipe import Recipe
+
+    named = Recipe.load(recipe).plugins
+    yield from (f"plugins.{other}=null" for other in choices if other != wanted and other in named)
+    if wanted not in named:
+        yield f"plugins.{wanted}={{}}"
+
+
+def measure(way: Way, overrides: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
+    """The numbers of `way`; `skipped` says what this machine lacks for it, `failed` how it ended instead."""
+    from dsplugins.launcher import run_local
+
+    library = LIBRARIES.get(way.backend)
+    if library and importlib.util.find_spec(library) is None:
+        return {**vars(way), "skipped": f"{library} is not installed"}
+    answer = folder / f"{way.part}_{way.backend}.json"
+    program = [sys.executable, "-m", "dsplugins.experiments.gpu_part", str(answer), way.part, str(rounds)]
+    outcome = run_local(1, (), [*program, *changes(way), *overrides])
+    if outcome.code:
+        return {**vars(way), "failed": outcome.reason}
+    return {**vars(way), **json.loads(answer.read_text())}
+
+
+def results(measured: Sequence[Mapping[str, Any]], rounds: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """What goes into the record."""
+    return {
+        "holds": not any("failed" in row for row in measured),
+        "card": card(),
+        "rounds": rounds,
+        "overrides": list(overrides),
+        "parts": dict(PARTS),
+        "measured": list(measured),
+    }
+
+
+def card() -> dict[str, Any]:
+    """What the numbers depend on beside the GPU's name; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "processors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def table(found: Mapping[str, Any]) -> list[list[str]]:
+    """The record as cells of text: a title, then a line for each number that is compared."""
+    cells = [["PART", "BACKEND", "WHAT", "MS", "RATIO", "PEAK, GiB"]]
+    for row in found["measured"]:
+        cells += [[row["part"], row["backend"], *told] for told in _told(row)]
+    return cells
+
+
+def _told(row: Mapping[str, Any]) -> Iterator[list[str]]:
+    """What, milliseconds, ratio and peak memory of one way."""
+    for word in ("skipped", "failed"):
+        if word in row:
+            yield [f"{word}: {row[word]}", "", "", ""]
+            return
+    if row["part"] == "attention":
+        for path in row["paths"]:
+            if "unavailable" in path:
+                yield [f"{path['path']}: unavailable", "", "", ""]
+            else:
+                said = f"{path['path']}, error {max(path['errors'].values()):.1e}"
+                yield [said, _ms(path["seconds_median"]), "", ""]
+        return
+    peak = f"{row['peak_memory'] / 2**30:.2f}"
+    if row["part"] == "step":
+        yield ["dsplugins", _ms(row["dsplugins_seconds_median"]), f"{row['ratio_of_medians']:.3f}", peak]
+        yield ["hand-written", _ms(row["hand_written_seconds_median"]), "1", ""]
+    else:
+        yield [f"{row['tokens']} tokens", _ms(row["seconds_median"]), "", peak]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3f}"

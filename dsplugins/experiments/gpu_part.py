@@ -1,0 +1,129 @@
+"""One part of `experiment gpu`: `python -m ...gpu_part ANSWER PART ROUNDS KEY=VALUE ...`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsplugins.experiments.gpu import STEP
+from dsplugins.quiet import quiet
+
+if TYPE_CHECKING:
+    from dsplugins.contracts import Platform
+    from dsplugins.experiments.gpu_layer import Layer
+
+WARM = 3
+"""Rounds before any is timed."""
+
+
+def step(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Steps of ours and of a hand-written loop, in turn."""
+    from dsplugins import process_group
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+
+    recipe = Recipe.load(STEP, overrides)
+    plugins, plan = prepare(recipe)
+    platform, device = process_group.stand(plan, plugins)
+    from dsplugins.assemble import assemble
+    from dsplugins.bench import loop
+
+    timed = loop.measure(assemble(recipe, plan, plugins, platform, device), rounds)
+    return {**timed.results(("dsplugins", "hand_written")), "peak_memory": platform.peak_memory()}
+
+
+def moe_layer(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """The layer with all experts."""
+    from dsplugins.experiments.gpu_layer import build
+
+    layer = build(overrides)
+    return _module(layer, layer.module.mlp, rounds)
+
+
+def mla_block(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """The attention block."""
+    from dsplugins.experiments.gpu_layer import FEW, build
+
+    layer = build([*FEW, *overrides])
+    return _module(layer, layer.module.self_attention, rounds, None)
+
+
+def attention(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Core attention through each path: seconds, and errors against math in FP32."""
+    from dsplugins.experiments import gpu_attention as kernels
+    from dsplugins.experiments.gpu_layer import FEW, build
+
+    layer = build([*FEW, *overrides])
+    core, given = layer.module.self_attention.core_attention, kernels.inputs(layer)
+    exact, rows = kernels.reference(given), []
+    own = layer.plan.slots["backend"] == "torch_local"
+    for path in (kernels.OWN, *(kernels.PATHS if own else ())):
+        try:
+            found = kernels.errors(kernels.passes(core, path, given), exact)
+            seconds = timed(partial(kernels.passes, core, path, given), layer.platform, rounds)
+        except RuntimeError as error:  # torch has no such kernel for these sizes, or no memory for it
+            rows.append({"path": path, "unavailable": str(error).splitlines()[0]})
+        else:
+            rows.append({"path": path, **_seconds(seconds), "errors": found})
+    return {"paths": rows}
+
+
+def _module(layer: Layer, module: Any, rounds: int, *more: Any) -> dict[str, Any]:
+    """Forward and backward of `module` on the recipe's tokens."""
+    hidden, gradient = layer.tokens(1).requires_grad_(), layer.tokens(2)
+
+    def once() -> None:
+        layer.module.zero_grad(set_to_none=True)
+        hidden.grad = None
+        module(hidden, *more)[0].backward(gradient)
+
+    return {
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "tokens": hidden.shape[0] * hidden.shape[1],
+        **_seconds(timed(once, layer.platform, rounds)),
+        "peak_memory": layer.platform.peak_memory(),
+    }
+
+
+def timed(once: Callable[[], object], platform: Platform, rounds: int) -> list[float]:
+    """Seconds of `rounds` calls, each to its end on the device."""
+    seconds = []
+    for _ in range(WARM + rounds):
+        platform.synchronize()
+        began = time.perf_counter()
+        once()
+        platform.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds[WARM:]
+
+
+def _seconds(seconds: Sequence[float]) -> dict[str, Any]:
+    return {"seconds_median": statistics.median(seconds), "seconds": list(seconds)}
+
+
+PARTS: dict[str, Callable[[Sequence[str], int], dict[str, Any]]] = {
+    "step": step,
+    "moe_layer": moe_layer,
+    "mla_block": mla_block,
+    "attention": attention,
+}
+
+
+def main(answer: Path, part: str, rounds: int, overrides: list[str]) -> None:
+    """Measure, and leave the numbers as JSON."""
+    quiet()
+    found = PARTS[part](overrides, rounds)
+    import torch
+
+    answer.write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs the CUDA side on a machine with one GPU: the tests marked `gpu`, then `dsplugins experiment gpu`, which
+# writes docs/records/gpu.json. Arguments go to the latter. Exit code 4: no GPU here; else 0 if all went well.
+# Without network: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER OF WHEELS, and DSPLUGINS_VENV=FOLDER for an environment
+# that is there already, such as one made with --system-site-packages over a Python that has torch.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+driver() { # whether NVIDIA's driver shows a GPU; containers may come without nvidia-smi
+    nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidiactl ]
+}
+
+if ! driver; then
+    echo "This machine has no NVIDIA GPU, or no driver for it: nothing was run." >&2
+    exit 4
+fi
+ensure_environment "${DSPLUGINS_EXTRAS:-test}"
+cd "$ROOT"
+export PATH="$VENV/bin:$PATH"
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "There is a GPU, but the torch in $VENV can't use it: see \`dsplugins doctor\`." >&2
+    exit 4
+fi
+
+failed=0
+python -m pytest -m gpu tests/gpu tests/plugins -rs || failed=1
+dsplugins experiment gpu "$@" || failed=1
+exit $failed

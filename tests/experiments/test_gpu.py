@@ -1,0 +1,118 @@
+"""`experiment gpu`: its parts on the CPU platform at tiny sizes, its record, a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dsplugins.experiments import gpu as experiment
+
+ROOT = Path(__file__).parents[2]
+STEP = ("plugins.cuda=null", "plugins.cpu={}", "data.seq_length=32", "train.micro_batch=2")
+STEP += ("train.global_batch=2", "model.hidden_size=32", "model.ffn_hidden_size=32", "model.num_layers=2")
+PASS = {"seconds": [0.25], "seconds_median": 0.25}
+PATHS = [
+    {"path": "math", **PASS, "errors": {"output": 1e-3, "key_gradient": 2e-3}},
+    {"path": "flash", "unavailable": "No available kernel"},
+]
+MEASURED = {
+    "step": {
+        "dsplugins_seconds_median": 0.1,
+        "hand_written_seconds_median": 0.2,
+        "ratio_of_medians": 0.5,
+        "peak_memory": 2**31,
+    },
+    "moe_layer": {"tokens": 4096, **PASS, "peak_memory": 3 * 2**30},
+    "mla_block": {"failed": "rank 0 was killed by SIGKILL"},
+    "attention": {"paths": PATHS},
+}
+
+
+def all_parts():
+    """Every part in this worker, one timed pass each; core's groups are gone afterwards."""
+    from gpu.full_width import TINY
+
+    from dsplugins.experiments.gpu_part import PARTS
+    from dsplugins.testing import temporary_groups
+
+    os.environ |= {"WORLD_SIZE": "1", "RANK": "0"}
+    found = {}
+    for part in PARTS:
+        changes = experiment.changes(experiment.Way(part, "torch_local"))
+        with temporary_groups():
+            found[part] = PARTS[part]([*changes, *(STEP if part == "step" else TINY)], 1)
+    return found
+
+
+def test_every_part_measures_on_the_cpu(workers):
+    (found,) = workers(1).run(all_parts)
+    assert found.keys() == experiment.PARTS.keys()
+    assert len(found["step"]["hand_written_seconds"]) == 1 and found["step"]["ratio_of_medians"] > 0
+    for part in ("moe_layer", "mla_block"):
+        assert found[part]["tokens"] == 128 and found[part]["seconds_median"] > 0
+    experts, shared, gate = 32 * 3 * 64 * 32, 3 * 64 * 32, 32 * 64
+    assert found["moe_layer"]["parameters"] == experts + shared + gate
+    assert all(max(path["errors"].values()) < 1e-2 for path in found["attention"]["paths"])
+    rows = [{**vars(experiment.Way(part, "torch_local")), **row} for part, row in found.items()]
+    record = experiment.results(rows, 1, STEP)
+    assert record["holds"] and len(experiment.table(json.loads(json.dumps(record)))) == 1 + 2 + 1 + 1 + 5
+
+
+def test_each_part_is_on_cuda_with_its_backend():
+    from dsplugins.experiments.gpu_layer import ALONE
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+
+    for way in experiment.ways():
+        recipe, more = (experiment.STEP, ()) if way.part == "step" else (experiment.LAYER, ALONE)
+        _, plan = prepare(Recipe.load(recipe, [*more, *experiment.changes(way)]))
+        assert (plan.slots["platform"], plan.slots["backend"]) == ("cuda", way.backend)
+        assert plan.layout.world_size == 1
+    assert len(list(experiment.ways())) == 8
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Parts that are not run: these numbers with torch_local, and no library for te."""
+
+    def measure(way, overrides, rounds, folder):
+        row = {"skipped": "no library"} if way.backend == "te" else MEASURED[way.part]
+        return {**vars(way), **row}
+
+    monkeypatch.setattr(experiment, "measure", measure)
+
+
+def test_the_command_records_what_failed_and_ends_with_1(measured, tmp_path):
+    from dsplugins.cli.gpu import gpu
+
+    line = ["plugins.cuda=null", "plugins.cpu={}", "--rounds", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(gpu, line)
+    assert done.exit_code == 1, done.output
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert not record["results"]["holds"] and len(record["results"]["measured"]) == 8
+    assert "torch" in record["versions"] and "gpus" in record["hardware"]
+    assert "--rounds 1" in record["command"] and "plugins.cuda=null" in record["command"]
+    for told in ("100.000", "0.500", "3.00", "math, error 2.0e-03", "flash: unavailable", "SIGKILL"):
+        assert told in done.output, told
+
+
+def test_without_a_gpu_the_environment_is_unfit(measured, tmp_path):
+    from dsplugins.cli.gpu import gpu
+    from dsplugins.contracts import EnvironmentUnfit
+
+    done = CliRunner().invoke(gpu, ["--out", str(tmp_path)])
+    assert isinstance(done.exception, EnvironmentUnfit) and "torch sees 0" in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_without_a_gpu_the_script_says_so_in_one_line():
+    done = subprocess.run(["bash", ROOT / "launch" / "gpu.sh"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 4 and not done.stdout
+    (said,) = done.stderr.splitlines()
+    assert "no NVIDIA GPU" in said
