@@ -15,7 +15,7 @@ if ! driver; then
     echo "This machine has no NVIDIA GPU, or no driver for it: nothing was run." >&2
     exit 4
 fi
-ensure_environment "${DSPLUGINS_EXTRAS:-test}"
+ensure_environment gpu
 cd "$ROOT"
 export PATH="$VENV/bin:$PATH"
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -25,6 +25,9 @@ STEP, LAYER = "bench/large.yaml", "deepseek_v3/v3_671b.yaml"
 PLATFORMS, BACKENDS = ("cpu", "cuda"), ("torch_local", "te")
 LIBRARIES = {"te": "transformer_engine"}
 """Backend -> the library that it needs."""
+NEEDED = 70 * 2**30
+"""Bytes for a training pass of the MoE layer: 11.3 billion weights and their gradients in BF16 are 45 GB;
+while a gradient is copied into the weight's layout there is one of 15 GB twice, and there are activations."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,26 @@ def swapped(recipe: str, choices: Sequence[str], wanted: str) -> Iterator[str]:
         yield f"plugins.{wanted}={{}}"
 
 
+def lacking(way: Way) -> str | None:
+    """What this machine lacks for `way`: a library, or memory of its GPU."""
+    import torch
+
+    library = LIBRARIES.get(way.backend)
+    if library and importlib.util.find_spec(library) is None:
+        return f"{library} is not installed"
+    if way.part == "moe_layer" and torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(0).total_memory
+        if there < NEEDED:
+            return f"needs {NEEDED / 2**30:.0f} GiB of GPU memory, this one has {there / 2**30:.0f}"
+    return None
+
+
 def measure(way: Way, overrides: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
     """The numbers of `way`; `skipped` says what this machine lacks for it, `failed` how it ended instead."""
     from dsplugins.launcher import run_local
 
-    library = LIBRARIES.get(way.backend)
-    if library and importlib.util.find_spec(library) is None:
-        return {**vars(way), "skipped": f"{library} is not installed"}
+    if reason := lacking(way):
+        return {**vars(way), "skipped": reason}
     answer = folder / f"{way.part}_{way.backend}.json"
     program = [sys.executable, "-m", "dsplugins.experiments.gpu_part", str(answer), way.part, str(rounds)]
     outcome = run_local(1, (), [*program, *changes(way), *overrides])

@@ -24,9 +24,6 @@ ALONE = (
 """One of the recipe's layers with all its experts, and nothing around it."""
 FEW = ("model.num_moe_experts=16",)
 """Where the experts are not looked at: as few as V3's groups of them allow."""
-NEEDED = 70 * 2**30
-"""Bytes for a training pass of the MoE layer: 11.3 billion weights and their gradients in BF16 are 45 GB;
-while a gradient is copied into the weight's layout there is one of 15 GB twice, and there are activations."""
 
 
 @dataclass(frozen=True)

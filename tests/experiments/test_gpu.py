@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -74,6 +76,20 @@ def test_each_part_is_on_cuda_with_its_backend():
         assert (plan.slots["platform"], plan.slots["backend"]) == ("cuda", way.backend)
         assert plan.layout.world_size == 1
     assert len(list(experiment.ways())) == 8
+
+
+def test_what_a_machine_lacks_is_said(monkeypatch):
+    import torch
+
+    small = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    said = {str(way): experiment.lacking(way) for way in experiment.ways()}
+    assert said.pop("moe_layer, torch_local") == "needs 70 GiB of GPU memory, this one has 24"
+    assert all((reason is None) == name.endswith("torch_local") for name, reason in said.items())
+    skipped = experiment.measure(experiment.Way("step", "te"), (), 1, Path())
+    assert skipped["skipped"] == "transformer_engine is not installed"
 
 
 @pytest.fixture

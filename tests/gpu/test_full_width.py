@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 
 import pytest
@@ -33,6 +34,7 @@ def free(needed):
     """Skip, by name, on a card that is too small."""
     import torch
 
+    gc.collect()  # the layer of the test before
     torch.cuda.empty_cache()
     available = torch.cuda.mem_get_info()[0]
     if available < needed:
@@ -44,8 +46,7 @@ def free(needed):
 def test_moe_layer(nccl, backend):
     from gpu.full_width import moe_facts
 
-    from dsplugins.experiments.gpu import Way, changes
-    from dsplugins.experiments.gpu_layer import NEEDED
+    from dsplugins.experiments.gpu import NEEDED, Way, changes
 
     if backend == "te" and importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("transformer_engine is not installed here")
