@@ -189,6 +189,21 @@ def test_tests_stop_at_the_first_check_that_fails(machine):
     assert "== ruff format --check ." in said and "== mypy" in said and "lint-imports" not in said
 
 
+def test_gpu_goes_on_after_tests_that_fail_and_tells(machine):
+    machine.python("python3.12")
+    machine.python("nvidia-smi")
+    machine.ensure("gpu")
+    said, _ = machine.run("launch/gpu.sh", "--rounds", "2")
+    assert said.splitlines()[-1] == "dsplugins experiment gpu --rounds 2"
+    python = machine.root / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/bash\n[ "$2" != pytest ]\n')
+    said, _ = machine.run("launch/gpu.sh", code=1)
+    assert said.splitlines()[-1] == "dsplugins experiment gpu"
+    python.write_text("#!/bin/bash\n[[ $2 != *cuda* ]]\n")
+    said, told = machine.run("launch/gpu.sh", code=4)
+    assert not said and "can't use it" in told
+
+
 def test_a_real_interpreter_makes_a_real_environment(machine):
     (machine.bin / "python3.12").symlink_to(os.path.realpath(sys.executable))
     machine.run("-c", ". launch/environment.sh; VENV=$PWD/.venv; check_venv")
