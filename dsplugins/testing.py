@@ -45,6 +45,8 @@ GRACE = 5.0
 """Seconds that the other ranks get to answer once one has failed; they may hang in a collective."""
 DDP_HOOK = "DistributedDataParallel._make_backward_post_hook."
 """Where megatron-core makes the hooks that keep a model alive."""
+IDLE = 0.5
+"""Seconds without a job after which a worker collects garbage: idle process groups poll the network."""
 START = 180.0
 """Seconds that a pool may take to start: the import of megatron-core on a busy machine."""
 
@@ -191,6 +193,8 @@ def _serve(rank: int, size: int, port: int, pipe: connection.Connection, timeout
     pipe.send_bytes(_answer(partial(_join, rank, size, port, timeout)))
     while True:
         try:
+            if not pipe.poll(IDLE):
+                gc.collect()
             message = pipe.recv_bytes()
         except (EOFError, ConnectionError):
             return
@@ -208,6 +212,8 @@ def _join(rank: int, size: int, port: int, timeout: float) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
     )
+    importlib.import_module("dsplugins.assemble")
+    gc.freeze()  # what was imported stays: a collection after each job then has little to look through
 
 
 def _answer(work: Callable[[], Any]) -> bytes:
@@ -316,14 +322,33 @@ def temporary_groups() -> Iterator[None]:
 def _let_go() -> None:
     """Free models that are no longer used, with their process groups, which have three threads each.
 
-    A hook of core's DDP on each gradient's autograd node holds the model, and the model the node, where no
-    garbage collector sees it.
+    Two circles lead through C++, where no garbage collector sees them. A hook of core's DDP on each
+    gradient's autograd node holds the model, and the model the node; modules and dispatchers keep tensors of
+    their last forward, whose graph holds such nodes.
     """
-    for thing in gc.get_objects():
-        if type(thing) is FunctionType and thing.__qualname__.startswith(DDP_HOOK):
-            for cell in thing.__closure__ or ():
-                cell.cell_contents = None
+    _cut_circles()  # a call of its own: no name in here may hold the last object while garbage is collected
     gc.collect()
+
+
+def _cut_circles() -> None:
+    import torch
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+    keepers: dict[type, bool] = {}  # there are a million objects, of some thousand types
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if kind is FunctionType:
+            if thing.__qualname__.startswith(DDP_HOOK):
+                for cell in thing.__closure__ or ():
+                    cell.cell_contents = None
+            continue
+        if kind not in keepers:
+            keepers[kind] = issubclass(kind, torch.nn.Module | MoETokenDispatcher)
+        if keepers[kind]:
+            kept = vars(thing)
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    kept[name] = None
 
 
 def _forget() -> None:
