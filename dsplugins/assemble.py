@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsplugins import audit, model, process_group, routers, settings
 from dsplugins.contracts import Plan, Problem, RecipeError, Settings
-from dsplugins.finalize import GradientChain
+from dsplugins.finalize import GradientChain, gradients_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +62,8 @@ def assemble(
     plugins.event("ds_model_built", plan=plan, settings=settled, chunks=chunks)
     optimizer = plugins.slot("optimizer", config=settled.optimizer, chunks=chunks)
     balance = routers.Balance(settled.model, chunks)
-    chain = GradientChain(schedule.finalize_grads(), balance)
+    accepts = partial(gradients_finite, chunks) if plan.train.not_finite == "skip" else None
+    chain = GradientChain(schedule.finalize_grads(), balance, accepts)
     configs = _wire(settled, chunks, optimizer, chain)
     run = Assembly(
         plan=plan,

@@ -37,7 +37,9 @@ def _next_token(run: Assembly, tokens: list[int]) -> int:
         whole = gather_from_tensor_model_parallel_region(logits[:1, len(tokens) - 1])
         return whole.argmax(-1)
 
-    ways = parallel_state.get_pipeline_model_parallel_world_size()
+    # Chunks are taken in groups of micro-batches, and a group must be full.
+    group = run.settings.model.microbatch_group_size_per_vp_stage
+    ways = group or parallel_state.get_pipeline_model_parallel_world_size()
     with evaluating(chunks):
         found = run.forward_backward(
             forward_step_func=step,

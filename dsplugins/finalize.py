@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 
 class GradientChain:
@@ -13,13 +15,31 @@ class GradientChain:
     of its last backward.
     """
 
-    def __init__(self, finalize_grads: Callable[..., None], balance: Callable[[], None]) -> None:
-        self.finalize_grads, self.balance = finalize_grads, balance
+    def __init__(
+        self,
+        finalize_grads: Callable[..., None],
+        balance: Callable[[bool], None],
+        accepts: Callable[[], bool] | None = None,
+    ) -> None:
+        self.finalize_grads, self.balance, self.accepts = finalize_grads, balance, accepts
+        self.accepted = True
+        """Whether this step's gradients are to be used; decided by `accepts` before a bias moves."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.finalize_grads(*args, **kwargs)
-        self.balance()
+        self.accepted = self.accepts is None or self.accepts()
+        self.balance(self.accepted)
 
     def __str__(self) -> str:
         first = getattr(self.finalize_grads, "__name__", type(self.finalize_grads).__name__)
         return f"{first} -> router counts and bias update"
+
+
+def gradients_finite(chunks: Sequence[Any]) -> bool:
+    """Whether all gradients are finite on all ranks: one pass over them and one small all-reduce."""
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    sums = [buffer.grad_data.sum() for buffer in buffers]
+    finite = torch.stack([value.float() for value in sums]).isfinite().all()
+    bad = (~finite).to(torch.int32)
+    torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+    return not bool(bad)

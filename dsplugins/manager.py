@@ -238,8 +238,8 @@ def make(offer: Offer, values: Mapping[str, Any], problems: list[Problem]) -> Ch
 
 def _contract_faults(cls: type, key: str) -> list[Problem]:
     wanted = getattr(cls, "contract", None)
-    if wanted is None:
-        return []
+    if wanted is None:  # written against the first one, as far as anybody can know
+        wanted = ">=1.0,<2"
     version = ".".join(map(str, CONTRACT))
     try:
         fits = SpecifierSet(wanted).contains(version)

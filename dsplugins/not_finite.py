@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,26 +21,18 @@ class NotFinite(RuntimeError):
     """The run stopped because of it. What was saved before is good."""
 
 
-def gradients_finite(run: Assembly) -> bool:
-    """Whether all gradients are finite on all ranks: one pass over them and one small all-reduce."""
-    sums = [buffer.grad_data.sum() for chunk in run.chunks for buffer in _buffers(chunk)]
-    finite = torch.stack([value.float() for value in sums]).isfinite().all()
-    bad = (~finite).to(torch.int32)
-    torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-    return not bool(bad)
-
-
 def is_finite(step: Step) -> bool:
     """Whether a step's loss and gradient norm are; the same answer on every rank."""
     numbers = (step.loss, step.mtp_loss, step.grad_norm)
     return all(number is None or math.isfinite(number) for number in numbers)
 
 
-def dump(run: Assembly, step: Step, folder: Path) -> Path:
-    """Write `folder/rank-R.json`: the step, its samples, and this rank's parameters with such gradients."""
+def dump(run: Assembly, step: Step, sequences: int, folder: Path) -> Path:
+    """Write `folder/rank-R.json`: the step, its samples, and this rank's parameters with such gradients.
+
+    `sequences` have been trained on, those of the step included.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    length = run.plan.data.seq_length
-    last = step.tokens // length
     facts = {
         "step": step.step,
         "loss": str(step.loss),
@@ -48,17 +40,13 @@ def dump(run: Assembly, step: Step, folder: Path) -> Path:
         "grad_norm": str(step.grad_norm),
         "learning_rate": step.learning_rate,
         "scheduled": dict(step.scheduled),
-        "training_samples": [last - step.global_batch, last],
+        "training_samples": [sequences - step.global_batch, sequences],
         "gradients_not_finite": _bad_gradients(run.chunks),
         "weights_not_finite": _bad_weights(run.chunks),
     }
     path = folder / f"rank-{run.rank}.json"
     path.write_text(json.dumps(facts, indent=1) + "\n")
     return path
-
-
-def _buffers(chunk: Any) -> Sequence[Any]:
-    return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 
 def _bad_gradients(chunks: Sequence[torch.nn.Module]) -> list[str]:
@@ -73,4 +61,4 @@ def _bad_weights(chunks: Sequence[torch.nn.Module]) -> list[str]:
     return [name for parameter, name in names.items() if not bool(parameter.isfinite().all())]
 
 
-__all__ = ["NotFinite", "dump", "gradients_finite", "is_finite"]
+__all__ = ["NotFinite", "dump", "is_finite"]

@@ -205,6 +205,11 @@ def _layout(plan: Plan) -> Iterable[Problem]:
     yield from _divides(
         layout.tensor * layout.context, "parallel.tensor", plan.data.seq_length, "data.seq_length"
     )
+    if layout.context > 1:
+        said = (
+            f"parallel.context={layout.context}: the loop does not cut sequences over context-parallel ranks"
+        )
+        yield Problem(said, "parallel.context", "set it to 1; V3 trained without, up to 128K tokens")
     if layout.expert > 1 and not model.get("num_moe_experts"):
         yield Problem("parallel.expert > 1 but the model has no experts", "parallel.expert", "set it to 1")
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
@@ -223,12 +228,18 @@ def _batches(plan: Plan) -> Iterable[Problem]:
     unit = plan.train.micro_batch * plan.layout.data
     if unit < 1:
         return
+    multiple = plan.train.multiple(unit)
+    if multiple < 1 or multiple % unit:
+        said = f"train.batch_multiple={multiple} is not a multiple of micro_batch x data parallel = {unit}"
+        yield Problem(said, "train.batch_multiple", f"use a multiple of {unit}, or null")
+        return
     # Between its ends a ramp is rounded down; a batch that is written down must be one.
     written = {value: None for phase in plan.train.global_batch.phases for value in (phase.start, phase.end)}
-    if odd := [f"{value:g}" for value in written if value % unit or value < unit]:
+    if odd := [f"{value:g}" for value in written if value % multiple or value < multiple]:
         amiss = "is not a multiple" if len(odd) == 1 else "are not multiples"
-        said = f"train.global_batch={', '.join(odd)} {amiss} of micro_batch x data parallel = {unit}"
-        yield Problem(said, "train.global_batch", f"use multiples of {unit}")
+        what = "micro_batch x data parallel" if multiple == unit else "train.batch_multiple"
+        said = f"train.global_batch={', '.join(odd)} {amiss} of {what} = {multiple}"
+        yield Problem(said, "train.global_batch", f"use multiples of {multiple}")
     sequences = plan.evaluate.sequences
     if sequences % unit:
         said = f"evaluate.sequences={sequences} is not a multiple of micro_batch x data parallel = {unit}"

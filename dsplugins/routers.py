@@ -48,8 +48,8 @@ class Balance:
         self.aux = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def __call__(self) -> None:
-        """Once a step, after gradients are final."""
+    def __call__(self, move: bool = True) -> None:
+        """Once a step, after gradients are final; biases stay where they are unless `move`."""
         self.counts.zero_()
         self.aux.zero_()
         if not self.routers:
@@ -60,7 +60,7 @@ class Balance:
         self.aux += summed[:, -1].double().sum()
         for (name, router), counts in zip(self.routers, summed[:, :-1], strict=True):
             self.counts[self.names.index(name)] = counts.double()
-            if hasattr(router, "update_bias"):
+            if move and hasattr(router, "update_bias"):
                 router.update_bias(counts)
             router.local_tokens_per_expert.zero_()
             if hasattr(router, "aux_loss_sum"):

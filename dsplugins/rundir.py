@@ -135,6 +135,13 @@ class RunDirectory:
         with (self.path / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def evaluated(self) -> set[int]:
+        """Steps that `evaluations.jsonl` has."""
+        file = self.path / "evaluations.jsonl"
+        return (
+            {json.loads(line)["step"] for line in file.read_text().splitlines()} if file.exists() else set()
+        )
+
     def end(self, code: int, reason: str, *, overrule: bool = False, **facts: Any) -> dict[str, Any]:
         """Write `status.json`: torchrun hides exit codes, this file keeps them. Returns what it then holds.
 

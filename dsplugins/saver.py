@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -42,20 +42,32 @@ class Saver:
         """Fill the assembly from the newest good checkpoint; where the run stands, and what to tell.
 
         Collective. Without a checkpoint the run stands at its start; `fresh` removes those that are there.
+        Raises EnvironmentUnfit where that can't be done, and where there are checkpoints and none is whole.
         """
-        if self._run.rank == 0:
-            store.clear_partial(self._folder)
-            if fresh:
-                shutil.rmtree(self._folder, ignore_errors=True)
+        self._first(lambda: shutil.rmtree(self._folder) if fresh and self._folder.exists() else None)
+        if fresh:
+            return Progress(), []
+        self._first(lambda: store.clear_partial(self._folder))
         found, told = store.newest_good(self._folder, self._group)
+        if found is None and told:
+            raise EnvironmentUnfit(f"{'; '.join(told)}; mend one, or start over with --fresh")
         if found is None:
             return Progress(), told
+        step = found.step
+        self._first(lambda: store.set_aside(self._folder, step))
         store.load(found, self._pieces(), self._group)
         facts = found.manifest()
         set_optimizer_steps(self._run.chunks, self._run.optimizer, facts["optimizer_steps"])
         self._step = found.step
         told += self._give_back(found, facts["plugins"])
         return Progress(**facts["progress"]), [*told, f"resumed from {found.path}"]
+
+    def _first(self, work: Callable[[], object]) -> None:
+        """Let rank 0 do something to the folder; what goes wrong there is raised on all ranks."""
+        try:
+            store.together(self._group, lambda: work() if self._run.rank == 0 else None)
+        except OSError as error:
+            raise EnvironmentUnfit(f"{self._folder}: {error}") from error
 
     def _give_back(self, found: store.Checkpoint, saved: dict[str, Any]) -> Iterator[str]:
         """Plugins' state, to those that are here; what is gone or new is told."""

@@ -26,6 +26,9 @@ class Train:
     """Of AdamW, before any per-group multiplier."""
     micro_batch: int = 1
     """Sequences that one rank takes through the model at once, B."""
+    batch_multiple: int | None = None
+    """What a ramp of `global_batch` is rounded down to multiples of: itself one of micro_batch x data
+    parallel. Null takes that product, so that another layout gives a ramp other steps."""
     steps: int | None = None
     """Stop after so many steps (this or `tokens`)."""
     tokens: float | None = None
@@ -37,6 +40,10 @@ class Train:
     not_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite stops the run, with a dump in the run directory, or costs this
     step's update only; `skip` looks at all gradients before each update."""
+
+    def multiple(self, unit: int) -> int:
+        """What batches are rounded to, where `unit` is micro_batch x data parallel."""
+        return self.batch_multiple or unit
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsplugins.contracts import Plan, Problem, RecipeError, Settings
@@ -11,6 +11,7 @@ from dsplugins.schedules import Schedule
 from dsplugins.typed import check_megatron
 
 if TYPE_CHECKING:
+    from dsplugins.contracts import PipelineSchedule
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
 
@@ -142,10 +143,23 @@ def construct(plan: Plan, plugins: Plugins, recipe: Recipe) -> Settings:
 
 def objections(plan: Plan, plugins: Plugins, settings: Settings) -> list[Problem]:
     """What plugins find wrong with the settings, and batches that the pipeline schedule refuses."""
-    problems: list[Problem] = []
+    problems = list(_unserved(settings))
+    told = {problem.key for problem in problems}
     for _, found in plugins.event("ds_check", plan=plan, settings=settings):
-        problems += found or ()
+        problems += (problem for problem in found or () if problem.key not in told)
     return problems + refused_batches(plan, plugins)
+
+
+def _unserved(settings: Settings) -> Iterator[Problem]:
+    """Fields that would make wrong numbers without a word, whichever plugins are chosen."""
+    config = settings.model
+    if config.calculate_per_token_loss:
+        said = "model.calculate_per_token_loss=True: the loop's loss is the mean of a micro-batch"
+        yield Problem(said, "model.calculate_per_token_loss", "leave it out: all samples are equally long")
+    for field in ("hidden_dropout", "attention_dropout"):
+        if getattr(config, field):
+            said = f"model.{field}={getattr(config, field)}: a run that goes on would draw other masks"
+            yield Problem(said, f"model.{field}", "set it to 0.0, as V3 did")
 
 
 def _translate(model: dict[str, Any]) -> None:
@@ -160,7 +174,7 @@ def _translate(model: dict[str, Any]) -> None:
             said = f"model.activation_func={name} is not one of {', '.join(activations)}"
             raise RecipeError([Problem(said, "model.activation_func", "V3 uses silu")])
         model["activation_func"] = activations[name]
-    dtype = torch.bfloat16 if model.get("bf16") else torch.float32
+    dtype = torch.bfloat16 if model.get("bf16") else torch.float16 if model.get("fp16") else torch.float32
     model.setdefault("params_dtype", dtype)
     if model.get("pipeline_model_parallel_size", 1) > 1:
         model.setdefault("pipeline_dtype", dtype)
@@ -180,10 +194,10 @@ def refused_batches(plan: Plan, plugins: Plugins) -> list[Problem]:
     """Micro-batch counts that the batch schedule will take and the pipeline schedule refuses."""
     schedule = plugins.slot("schedule", plan=plan)
     unit = plan.train.micro_batch * plan.layout.data
-    counts = [batch // unit for batch in plan.train.global_batch.distinct(unit)]
+    counts = [batch // unit for batch in plan.train.global_batch.distinct(plan.train.multiple(unit))]
     reasons = {count: reason for count in counts if (reason := schedule.refuses(count))}
     if not reasons:
-        return []
+        return list(_refused_evaluation(plan, schedule, unit))
     allowed = [count for count in counts if count not in reasons]
     first, reason = next(iter(reasons.items()))
     owner = plan.slots["schedule"]
@@ -196,6 +210,15 @@ def refused_batches(plan: Plan, plugins: Plugins) -> list[Problem]:
     remedy = f"{owner} allows {spans(allowed)}, " if allowed else ""
     remedy += f"a step has global batch / {unit} micro-batches; change the batch, the layout or the schedule"
     return [Problem(said, "train.global_batch", remedy)]
+
+
+def _refused_evaluation(plan: Plan, schedule: PipelineSchedule, unit: int) -> Iterator[Problem]:
+    """An evaluation runs through the schedule, too; only chunks must be filled in groups."""
+    count = plan.evaluate.sequences // unit
+    if count and plan.layout.virtual_pipeline > 1 and (reason := schedule.refuses(count)):
+        said = f"{plan.slots['schedule']} refuses evaluate.sequences={plan.evaluate.sequences}: {reason}"
+        remedy = f"an evaluation has evaluate.sequences / {unit} micro-batches"
+        yield Problem(said, "evaluate.sequences", remedy)
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -13,7 +13,6 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 
 from dsplugins.batches import forward_step, micro_batches
 from dsplugins.contracts import Step
-from dsplugins.not_finite import gradients_finite
 from dsplugins.routers import max_vio
 
 if TYPE_CHECKING:
@@ -26,10 +25,12 @@ class Progress:
 
     steps: int = 0
     sequences: int = 0
+    tokens: int = 0
+    """Not `sequences` times a length: that may have changed on the way."""
 
-    def after(self, batch: int) -> Progress:
-        """One step of `batch` sequences later."""
-        return Progress(self.steps + 1, self.sequences + batch)
+    def after(self, step: Step) -> Progress:
+        """When that step has been taken."""
+        return Progress(step.step, self.sequences + step.global_batch, step.tokens)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ def take_step(run: Assembly, progress: Progress) -> Step:
     """One step of `run` with `progress` behind it; collective over all ranks."""
     began = time.perf_counter()
     train, length = run.plan.train, run.plan.data.seq_length
-    now = (progress.steps, progress.sequences * length)
+    now = (progress.steps, progress.tokens)
     unit = train.micro_batch * run.plan.layout.data
-    batch = train.global_batch.at_multiple(*now, unit)
+    batch = train.global_batch.at_multiple(*now, train.multiple(unit))
     rate = train.learning_rate.at(*now)
     scheduled = {name: schedule.at(*now) for name, schedule in run.settings.scheduled.items()}
     _set(run, rate, scheduled)
@@ -59,11 +60,11 @@ def take_step(run: Assembly, progress: Progress) -> Step:
     run.platform.synchronize()
     return Step(
         step=progress.steps + 1,
-        tokens=(progress.sequences + batch) * length,
+        tokens=progress.tokens + batch * length,
         loss=sums.loss,
         mtp_loss=sums.mtp_loss,
         aux_loss=sums.aux_loss,
-        grad_norm=float(norm) if norm is not None else float("nan"),
+        grad_norm=norm,
         learning_rate=rate,
         global_batch=batch,
         scheduled=scheduled,
@@ -106,12 +107,15 @@ def _forward_backward(run: Assembly, first: int, count: int) -> list[dict[str, t
     )
 
 
-def _update(run: Assembly) -> tuple[bool, float | None]:
+def _update(run: Assembly) -> tuple[bool, float]:
     """The optimizer's step: (whether it was taken, gradient norm before clipping)."""
-    if run.plan.train.not_finite == "skip" and not gradients_finite(run):
-        return False, None
+    # Asked once more: plugins have had the gradients in their hands since (ds_grads_ready).
+    if not run.chain.accepted or (run.chain.accepts is not None and not run.chain.accepts()):
+        return False, float("nan")
+    # Without clipping some of core's optimizers give no norm, and others 0.
+    unclipped = None if run.settings.optimizer.clip_grad else float(run.optimizer.get_grad_norm())
     updated, norm, _ = run.optimizer.step()
-    return updated, norm
+    return updated, float(norm) if unclipped is None else unclipped
 
 
 def _sums(run: Assembly, losses: Sequence[dict[str, torch.Tensor]], count: int) -> Sums:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsplugins import changes, environment, process_group
 from dsplugins.contracts import Evaluation, RunEnd, Step, Train
+from dsplugins.manager import HookFailure
 from dsplugins.plan import prepare
 from dsplugins.quiet import quiet
 from dsplugins.rundir import RunDirectory, versions
@@ -70,23 +72,40 @@ class Loop:
 
         progress = self._begin(recipe, fresh)
         self.display.bar(self.plan.train.steps or 0)
-        over = _over(self.plan.train, progress.steps, progress.sequences * self.plan.data.seq_length)
+        over = _over(self.plan.train, progress.steps, progress.tokens)
+        if self._owed(progress.steps, over):
+            self._evaluate(progress.steps)
         with Wishes().heard() as wishes:
             while not over:
                 step = take_step(self.assembly, progress)
-                progress = progress.after(step.global_batch)
+                progress = progress.after(step)
                 over = _over(self.plan.train, step.step, step.tokens)
                 self._report(step, over)
-                self._refuse_not_finite(step)
+                self._refuse_not_finite(step, progress)
                 self._save(progress, wishes.stop, over)
-                every = self.plan.evaluate.every
-                if every and step.step % every == 0 and not over:
+                if self._due(step.step, over):
                     self._evaluate(step.step)
         self.display.stop_bar()
         if self.plan.evaluate.sequences:
             self._evaluate(progress.steps)
         self.saver.close()
         self._finish(progress.steps)
+
+    def _due(self, step: int, over: bool) -> bool:
+        """Whether to look at the validation split after `step`; after the last one it is looked at anyway."""
+        every = self.plan.evaluate.every
+        return bool(every) and step > 0 and step % every == 0 and not over
+
+    def _owed(self, step: int, over: bool) -> bool:
+        """Whether the run stopped between a step and its evaluation; collective where one was due."""
+        import torch
+
+        if not self._due(step, over):
+            return False
+        missing = self.leads and step not in self.directory.evaluated()
+        flag = torch.tensor(int(missing), dtype=torch.int32, device=self.assembly.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
     def _begin(self, recipe: Recipe, fresh: bool) -> Progress:
         """Where the run stands, with the state that belongs to it; what is to be seen first is shown."""
@@ -110,14 +129,14 @@ class Loop:
             self.display.say(line)
         return progress
 
-    def _refuse_not_finite(self, step: Step) -> None:
+    def _refuse_not_finite(self, step: Step, progress: Progress) -> None:
         """Raise NotFinite, with a dump of every rank, unless the recipe says to skip such steps."""
         from dsplugins import not_finite
 
         if self.plan.train.not_finite == "skip" or not_finite.is_finite(step):
             return
         folder = self.directory.path / "not_finite" / f"step-{step.step:08d}"
-        not_finite.dump(self.assembly, step, folder)
+        not_finite.dump(self.assembly, step, progress.sequences, folder)
         self.saver.close()
         raise not_finite.NotFinite(
             f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}; see {folder}; "
@@ -159,8 +178,8 @@ class Loop:
     def _report(self, step: Step, over: bool) -> None:
         """The step's row in `metrics.jsonl`, with what events add, and its line where one is due."""
         row = as_row(step, self.plan.data.seq_length)
-        for _, more in self.plugins.event("ds_step_end", step=step):
-            row.update(more or {})
+        for name, more in self.plugins.event("ds_step_end", step=step):
+            add(row, name, more or {})
         if self.leads:
             self.directory.log(row)
         logged = step.step == 1 or step.step % self.plan.train.log_every == 0 or over
@@ -186,11 +205,12 @@ class Loop:
         memory = footprint.largest(footprint.measured(run.chunks, run.optimizer), run.device)
         if self.leads:
             path = self.directory.path
+            # First: a picture that fails must not make the run one that has not ended.
+            self.directory.note("run.json", self._summary(completion, memory))
             end = RunEnd(self.plan, path, done, self.evaluation, self.baselines, completion)
             for name, shown in self.plugins.event("ds_run_end", end=end):
                 for key, value in (shown or {}).items():
                     self.display.say(f"{name}: {key}: {value}")
-            self.directory.note("run.json", self._summary(completion, memory))
             self.directory.end(0, "complete", steps=done)
             self.display.say(f"done: {done} steps, everything is in {path}")
         torch.distributed.barrier()
@@ -240,9 +260,21 @@ def as_row(step: Step, seq_length: int) -> dict[str, Any]:
         "step_seconds": step.seconds,
         "skipped": step.skipped,
     }
-    return {
-        key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()
-    }
+    return {key: _plain(value) for key, value in row.items()}
+
+
+def add(row: dict[str, Any], name: str, more: Mapping[str, Any]) -> None:
+    """Put what plugin `name` returned into a step's row. Raises HookFailure for a key that is there."""
+    for key, value in more.items():
+        if key in row:
+            taken = ValueError(f"metrics.jsonl has {key!r} already, from the loop or another plugin")
+            raise HookFailure(name, "ds_step_end", taken) from taken
+        row[key] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows neither infinity nor NaN: null."""
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _over(train: Train, steps: int, tokens: int) -> bool:

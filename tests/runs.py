@@ -40,7 +40,7 @@ def trained(overrides: list[str], recipe: str = str(TINY)) -> dict[str, Any]:
         rows, counts, progress = [], [], Progress()
         while progress.steps < run.plan.train.steps:
             step = take_step(run, progress)
-            progress = progress.after(step.global_batch)
+            progress = progress.after(step)
             rows.append(as_row(step, run.plan.data.seq_length))
             counts.append(step.expert_counts.tolist() if step.expert_counts is not None else None)
         found = evaluate(run, progress.steps)

@@ -91,7 +91,7 @@ def stepped(overrides: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:
         steps, progress = [], Progress()
         while not steps or steps[-1].tokens < run.plan.train.tokens:
             steps.append(take_step(run, progress))
-            progress = progress.after(steps[-1].global_batch)
+            progress = progress.after(steps[-1])
         masters = [p for group in run.optimizer.param_groups for p in group["params"]]
         buffers = [b for chunk in run.chunks for _, b in chunk.named_buffers()]
         return {

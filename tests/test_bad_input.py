@@ -246,7 +246,11 @@ def test_two_writers_are_both_named_with_everything_else(tmp_path):
             "needs parallel.virtual_pipeline > 1",
             "name the schedule",
         ),
-        (["train.global_batch=3", "evaluate.sequences=0"], "interleaved refuses 1: 3", "change the batch"),
+        (
+            ["train.global_batch=3", "evaluate.sequences=0"],
+            "interleaved refuses train.global_batch: 3 micro",
+            "change the batch",
+        ),
         (["model.num_layers=3"], "does not divide model.num_layers=3", "pipeline_model_parallel_layout"),
         (["plugins.interleaved=null", "plugins.one_f_one_b={}"], "one_f_one_b has one chunk", "interleaved"),
         (["model.moe_router_topk=9"], "moe_router_topk=9 is more than model.num_moe_experts=8", "at most 8"),
@@ -283,3 +287,23 @@ def test_what_this_machine_lacks_has_another_code(tmp_path):
     done = train(tmp_path, TINY, "plugins.cpu=null", "plugins.cuda={}", "run.directory=cuda")
     assert done.returncode == 4 and "Traceback" not in done.stderr
     assert "platform cuda needs 1 GPUs on this machine, torch sees 0: " in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["model.calculate_per_token_loss=true", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"],
+)
+def test_what_would_be_wrong_without_a_word_is_refused_once(field):
+    from dsplugins.settings import settle
+
+    recipe = Recipe.load(TINY, [field])
+    plugins, plan = prepare(recipe)
+    with pytest.raises(RecipeError) as refused:
+        settle(plan, plugins, recipe)
+    (problem,) = refused.value.problems
+    assert problem.key == field.partition("=")[0] and problem.place == "command line" and problem.remedy
+
+
+def test_context_parallelism_is_refused_whatever_the_backend():
+    with pytest.raises(RecipeError, match="parallel.context=2: the loop does not"):
+        prepare(Recipe.load(TINY, ["parallel.context=2", "run.world_size=2"]))

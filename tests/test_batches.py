@@ -68,3 +68,31 @@ def test_counts_are_read_before_they_are_cleared(workers):
     (found,) = workers(1).run(one_step, 4)
     assert [sum(layer) for layer in found["counts"]] == [8 * 32 * 2] * 4
     assert found["left"] == [0.0] * 4, "the next step starts anew"
+
+
+def ramp(world, *more):
+    """Batches of the first steps of a ramp that 8 and 16 sequences both divide at its ends."""
+    from runs import TINY
+
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+    from dsplugins.step import Progress
+
+    ramped = "train.global_batch=[{until: 10 steps, from: 16, to: 64}, {value: 64}]"
+    loaded = Recipe.load(TINY, [ramped, "evaluate.sequences=0", f"run.world_size={world}", *more])
+    _, plan = prepare(loaded)
+    unit = plan.train.micro_batch * plan.layout.data
+    multiple = plan.train.multiple(unit)
+    return [plan.train.global_batch.at_multiple(Progress(step).steps, 0, multiple) for step in range(10)]
+
+
+def test_a_ramp_takes_the_same_steps_in_every_layout_that_divides_its_multiple(single):
+    assert ramp(8) != ramp(16)
+    assert ramp(8, "train.batch_multiple=16") == ramp(16, "train.batch_multiple=16") == ramp(16)
+
+
+def test_a_multiple_that_the_layout_does_not_divide_is_refused(single):
+    from dsplugins.contracts import RecipeError
+
+    with pytest.raises(RecipeError, match="batch_multiple=12 is not a multiple of .* = 8"):
+        ramp(8, "train.batch_multiple=12")

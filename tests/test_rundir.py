@@ -122,3 +122,15 @@ def test_what_follows_from_another_ranks_failure_is_one_line(left):
         "rank 0: RuntimeError: peer is gone (rank 1 had failed before)",
     )
     assert left(2, HookFailure("mine", "ds_step_end", ValueError("x")))[1].startswith("rank 2: plugin mine")
+
+
+def test_a_plugins_number_never_takes_the_place_of_another():
+    from dsplugins.manager import HookFailure
+    from dsplugins.train import add
+
+    row = {"loss": 1.0}
+    add(row, "one", {"mine": float("nan")})
+    assert row == {"loss": 1.0, "mine": None}
+    for key in ("loss", "mine"):
+        with pytest.raises(HookFailure, match=f"plugin two failed in ds_step_end.*{key}"):
+            add(row, "two", {key: 2.0})

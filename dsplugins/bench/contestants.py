@@ -35,7 +35,7 @@ def our_step(recipe: str) -> Callable[[], object]:
     def step() -> object:
         nonlocal progress
         taken = take_step(run, progress)
-        progress = progress.after(taken.global_batch)
+        progress = progress.after(taken)
         return taken.loss
 
     return step

@@ -38,7 +38,7 @@ def _ours(run: Assembly) -> Callable[[], float]:
         began = time.perf_counter()
         taken = take_step(run, progress)
         run.plugins.event("ds_step_end", step=taken)
-        progress = progress.after(taken.global_batch)
+        progress = progress.after(taken)
         return time.perf_counter() - began
 
     return step

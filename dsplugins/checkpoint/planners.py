@@ -40,7 +40,7 @@ class PieceSaver(DefaultSavePlanner):
 
     def __init__(self, held: Iterable[Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._held = {_place(piece): piece for piece in held if piece.main}
+        self._held = _by_place(piece for piece in held if piece.main)
 
     def create_local_plan(self) -> SavePlan:
         """One write item for each box."""
@@ -59,7 +59,7 @@ class PieceLoader(DefaultLoadPlanner):
 
     def __init__(self, held: Sequence[Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._held = {_place(piece): piece for piece in held}
+        self._held = _by_place(held)
 
     def set_up_planner(
         self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
@@ -105,8 +105,15 @@ class PieceLoader(DefaultLoadPlanner):
         """Nothing: `resolve_tensor` gave the memory itself."""
 
 
-def _place(piece: Piece) -> Place:
-    return piece.name, piece.offsets
+def _by_place(held: Iterable[Piece]) -> dict[Place, Piece]:
+    """Each piece by name and position. Raises Unfit where this rank holds the same box twice."""
+    found: dict[Place, Piece] = {}
+    for piece in held:
+        place = (piece.name, piece.offsets)
+        if place in found:
+            raise Unfit(f"a rank holds {piece.name} at {list(piece.offsets)} twice: one would not be filled")
+        found[place] = piece
+    return found
 
 
 def _chunk(piece: Piece) -> ChunkStorageMetadata:

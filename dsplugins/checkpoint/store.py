@@ -28,6 +28,7 @@ from dsplugins.checkpoint.planners import PieceLoader, PieceSaver, Unfit
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ def save(
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
     rank = dist.get_rank(group)
-    _together(group, lambda: _fresh(partial) if rank == 0 else None)
+    together(group, lambda: _fresh(partial) if rank == 0 else None)
     writer = dcp.FileSystemWriter(partial, sync_files=True)
     try:
         dcp.save({}, storage_writer=writer, planner=PieceSaver(held), process_group=group)
     except dcp.CheckpointException as error:
         raise OSError(f"{final.name} can't be written: {_told(error)}") from error
-    mine = _together(group, lambda: _read_back(partial, rank))
+    mine = together(group, lambda: _read_back(partial, rank))
     files = {name: seen for each in mine for name, seen in each.items()}
-    _together(group, lambda: _commit(partial, final, files, facts) if rank == 0 else None)
+    together(group, lambda: _commit(partial, final, files, facts) if rank == 0 else None)
     return Checkpoint(final, step)
 
 
@@ -109,12 +110,22 @@ def newest_good(
     shared: list[Any] = [counted]
     dist.broadcast_object_list(shared, group_src=0, group=group)
     for checkpoint in shared[0]:
-        found = _together(group, bound(_faults, checkpoint, rank, ranks))
+        found = together(group, bound(_faults, checkpoint, rank, ranks))
         faults = sorted({fault for each in found for fault in each})
         if not faults:
             return checkpoint, damaged
         damaged.append(f"{checkpoint.path} is damaged ({'; '.join(faults)})")
     return None, damaged
+
+
+def set_aside(folder: Path, above: int) -> None:
+    """Take checkpoints of steps above `above`, which are damaged, out of the count: they must not push good
+    ones out. They stay on disk as `step-N.damaged`."""
+    for checkpoint in finished(folder):
+        if checkpoint.step > above:
+            aside = checkpoint.path.with_name(checkpoint.path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(checkpoint.path, aside)
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> list[Checkpoint]:
@@ -190,12 +201,14 @@ def _fault(file: Path, expected: Mapping[str, Any]) -> str | None:
         return error.strerror or type(error).__name__
 
 
-def _together(group: dist.ProcessGroup, work: Any) -> list[Any]:
+def together(group: dist.ProcessGroup, work: Any) -> list[Any]:
     """What `work` returned on each rank. Raises on all ranks, naming those, where it failed on some."""
     try:
         outcome: tuple[Any, str] = (work(), "")
     except OSError as error:
         outcome = (None, f"{error.strerror or type(error).__name__}: {error.filename}")
+    except Exception as error:  # the others wait: whatever it is, they must hear of it
+        outcome = (None, f"{type(error).__name__}: {error}")
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, outcome, group=group)
     failed = [f"rank {rank}: {said}" for rank, (_, said) in enumerate(everyone) if said]
@@ -204,4 +217,7 @@ def _together(group: dist.ProcessGroup, work: Any) -> list[Any]:
     return [value for value, _ in everyone]
 
 
-__all__ = ["Checkpoint", "clear_partial", "finished", "load", "newest_good", "prune", "save"]
+__all__ = [
+    *("Checkpoint", "clear_partial", "finished", "load", "newest_good"),
+    *("prune", "save", "set_aside", "together"),
+]

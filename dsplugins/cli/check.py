@@ -79,7 +79,7 @@ def _with(problems: Sequence[Any]) -> dict[str, Any]:
 def _plan(plan: Any) -> dict[str, Any]:
     """Layout and batches, from the plan."""
     unit = plan.train.micro_batch * plan.layout.data
-    counts = [batch // unit for batch in plan.train.global_batch.distinct(unit)]
+    counts = [batch // unit for batch in plan.train.global_batch.distinct(plan.train.multiple(unit))]
     return {
         "layout": vars(plan.layout) | {"data": plan.layout.data, "expert_data": plan.layout.expert_data},
         "micro_batches": counts,

@@ -1,4 +1,4 @@
-"""`dsplugins explain RECIPE [KEY ...] [KEY=VALUE ...]`: every effective value with its origin, every slot with its owner."""
+"""`dsplugins explain RECIPE [KEY ...] [KEY=VALUE ...]`: each effective value and slot, and where from."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def saved(folder, overrides, steps):
     with assembled([*overrides, "train.steps=9"]) as run:
         progress = Progress()
         for _ in range(steps):
-            progress = progress.after(take_step(run, progress).global_batch)
+            progress = progress.after(take_step(run, progress))
         assert optimizer_steps(run.chunks, run.optimizer) == steps
         group = dist.group.WORLD
         store.save(Path(folder), steps, pieces(run.chunks, run.optimizer), {"step": steps}, group)
@@ -62,7 +62,7 @@ def continued(folder, overrides, steps):
         assert not damaged
         store.load(found, pieces(run.chunks, run.optimizer), dist.group.WORLD)
         set_optimizer_steps(run.chunks, run.optimizer, found.step)
-        return numbers(take_step(run, Progress(steps, steps * 8)))
+        return numbers(take_step(run, Progress(steps, steps * 8, steps * 8 * 32)))
 
 
 def numbers(step):

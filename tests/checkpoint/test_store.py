@@ -91,3 +91,25 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, group):
     blocked.write_text("")
     with pytest.raises(OSError, match="rank 0: Not a directory"):
         save(blocked / "checkpoints", 1, group)
+
+
+def test_damaged_ones_are_set_aside_and_push_no_good_one_out(tmp_path, group):
+    for step in (900, 1000):
+        save(tmp_path, step, group)
+    (tmp_path / "step-00001000" / "__0_0.distcp").unlink()
+    found, _ = store.newest_good(tmp_path, group)
+    store.set_aside(tmp_path, found.step)
+    save(tmp_path, 950, group)
+    assert [c.step for c in store.prune(tmp_path, keep=1, keep_every=0)] == [900]
+    assert [c.step for c in store.finished(tmp_path)] == [950]
+    assert (tmp_path / "step-00001000.damaged").is_dir()
+
+
+def test_whatever_goes_wrong_on_a_rank_is_heard_by_all(tmp_path, group):
+    with pytest.raises(OSError, match="rank 0: TypeError: .*not JSON serializable"):
+        store.save(tmp_path, 1, [piece(1)], {"facts": object()}, group)
+
+
+def test_a_box_that_a_rank_holds_twice_is_refused(tmp_path, group):
+    with pytest.raises(Exception, match="twice"):
+        store.save(tmp_path, 1, [piece(1), piece(1)], {}, group)

@@ -72,7 +72,7 @@ def steps(run, progress, count):
     rows = []
     for _ in range(count):
         step = take_step(run, progress)
-        progress = progress.after(step.global_batch)
+        progress = progress.after(step)
         rows.append(as_row(step, run.plan.data.seq_length))
     return rows, progress
 

@@ -59,8 +59,8 @@ MODEL = {
     "add_bias_linear": Case(
         "shapes", "true", given=(*SEQUENTIAL, "model.moe_shared_expert_intermediate_size=null")
     ),
-    "hidden_dropout": Case("losses", "0.5"),
-    "attention_dropout": Case("refused", "0.1"),  # torch_local has none and says so
+    "hidden_dropout": Case("refused", "0.5"),  # masks would not go on where a run does
+    "attention_dropout": Case("refused", "0.1"),
     "moe_router_dtype": Case("losses", "null"),
     "vocab_size": Case("shapes", "272"),
     "num_layers": Case("shapes", "4", given=("model.pipeline_model_parallel_layout=null",)),

@@ -62,7 +62,7 @@ def course(overrides: list[str], folder: str, until: int) -> dict[str, Any]:
         found: dict[str, Any] = {"norms": {}, "losses": {}, "evaluations": {}}
         while progress.steps < until:
             step = take_step(run, progress)
-            progress = progress.after(step.global_batch)
+            progress = progress.after(step)
             found["losses"][step.step] = (step.loss, step.mtp_loss, step.aux_loss)
             found["norms"][step.step] = step.grad_norm
             if step.step == 2:

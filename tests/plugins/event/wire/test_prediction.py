@@ -46,11 +46,12 @@ def told_and_counted(overrides: list[str]) -> tuple[dict[Any, float], dict[Any, 
         stage = parallel_state.get_pipeline_model_parallel_rank()
         rank = Rank(run.plan, run.settings, [bare(chunk) for chunk in run.chunks], stage)
         progress, tally = Progress(), Tally()
-        progress = progress.after(take_step(run, progress).global_batch)
+        progress = progress.after(take_step(run, progress))
         tally.start()
-        batch = take_step(run, progress).global_batch
+        step = take_step(run, progress)
+        batch = step.global_batch
         counted = {tuple(key): traffic.payload for key, traffic in tally.stop().items()}
-        take_step(run, progress.after(batch))
+        take_step(run, progress.after(step))
         later = {tuple(key): traffic.payload for key, traffic in tally.traffic.items()}
     told = predict(rank, batch // run.plan.layout.data // run.plan.train.micro_batch)
     return {tuple(key): payload for key, payload in told.items()}, counted, later == counted
