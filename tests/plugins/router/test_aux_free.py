@@ -248,9 +248,9 @@ def host_update(overrides: list[str]) -> dict[str, dict[str, list[float]]]:
     with assembled(overrides) as run:
         here, balance, own = dict(routers.local(run.chunks)), run.chain.balance, {}
 
-        def look_first() -> None:
+        def look_first(move: bool) -> None:
             own.update({name: router.local_tokens_per_expert.tolist() for name, router in here.items()})
-            balance()
+            balance(move)
 
         run.chain.balance = look_first
         step = take_step(run, Progress())
