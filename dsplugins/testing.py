@@ -352,11 +352,13 @@ def _cut_circles() -> None:
 
 
 def _forget() -> None:
-    """MTP's losses of an unfinished step, and the scale of balance losses."""
+    """MTP's losses of an unfinished step, and the scales of its loss and of balance losses."""
+    import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
     MTPLossLoggingHelper.tracker.clear()
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)  # as core has it at first
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
