@@ -322,9 +322,8 @@ def temporary_groups() -> Iterator[None]:
 def _let_go() -> None:
     """Free models that are no longer used, with their process groups, which have three threads each.
 
-    Two circles lead through C++, where no garbage collector sees them. A hook of core's DDP on each
-    gradient's autograd node holds the model, and the model the node; modules and dispatchers keep tensors of
-    their last forward, whose graph holds such nodes.
+    Two circles lead through C++, unseen by the garbage collector: a hook of core's DDP on each gradient's
+    autograd node holds the model, and modules and dispatchers keep tensors whose graph holds such nodes.
     """
     _cut_circles()  # a call of its own: no name in here may hold the last object while garbage is collected
     gc.collect()
@@ -337,11 +336,9 @@ def _cut_circles() -> None:
     keepers: dict[type, bool] = {}  # there are a million objects, of some thousand types
     for thing in gc.get_objects():
         kind = type(thing)
-        if kind is FunctionType:
-            if thing.__qualname__.startswith(DDP_HOOK):
-                for cell in thing.__closure__ or ():
-                    cell.cell_contents = None
-            continue
+        if kind is FunctionType and thing.__qualname__.startswith(DDP_HOOK):
+            for cell in thing.__closure__ or ():
+                cell.cell_contents = None
         if kind not in keepers:
             keepers[kind] = issubclass(kind, torch.nn.Module | MoETokenDispatcher)
         if keepers[kind]:
