@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import TYPE_CHECKING
 
 from dsplugins import environment
@@ -70,9 +71,11 @@ def job(
 ) -> Job:
     """The run of `plan` on `cluster`; `asked` is the recipe as it was named on the command line.
 
-    Raises RecipeError where nodes and processes don't come to `run.world_size`.
+    Raises RecipeError where nodes and processes don't come to `run.world_size`, or where the run would be
+    kept inside a container.
     """
     processes = _processes(recipe, plan, cluster)
+    _refuse_what_ends_with_the_container(recipe, plan, cluster)
     platform = plugins.slot("platform", plan=plan)
     inside = bool(cluster.image)
     return Job(
@@ -81,7 +84,7 @@ def job(
         processes=processes,
         gpus=processes if platform.device_type == "cuda" else 0,
         python="python" if inside else sys.executable,
-        folder=cluster.shared if inside and cluster.shared else str(Path.cwd()),
+        folder=cluster.shared if inside else str(Path.cwd()),
         run_directory=plan.run.directory,
         train=("-m", "dsplugins", "train", asked, *overrides),
         environment=environment.needed(plugins),
@@ -102,6 +105,21 @@ def _processes(recipe: Recipe, plan: Plan, cluster: Cluster) -> int:
         said = f"{nodes} nodes of {cluster.processes} processes are {started}, but run.world_size={world}"
         remedy = f"set run.world_size={started}, or start {world} processes"
     raise RecipeError(recipe.located([Problem(said, "run.world_size", remedy)]))
+
+
+def _refuse_what_ends_with_the_container(recipe: Recipe, plan: Plan, cluster: Cluster) -> None:
+    if not cluster.image:
+        return
+    there = PurePosixPath(normpath(PurePosixPath(cluster.shared or "/", plan.run.directory)))
+    if cluster.shared and there.is_relative_to(normpath(cluster.shared)):
+        return
+    said = f"run.directory={plan.run.directory} lies inside the container, and ends with it"
+    remedy = (
+        f"name a folder below --shared, {cluster.shared}"
+        if cluster.shared
+        else "mount the folder that it belongs in with --shared"
+    )
+    raise RecipeError(recipe.located([Problem(said, "run.directory", remedy)]))
 
 
 __all__ = ["Cluster", "Job", "job"]

@@ -11,6 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dsplugins.launching.job import Job
 
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun hands on to its ranks: its own four, and the other that asks a run to save (`wishes`)."""
+
 
 def template_folder() -> Path:
     """`launch/` of a checkout, else the folder inside the wheel."""
@@ -30,7 +33,7 @@ def fill(template: str, job: Job) -> str:
         keep_trailing_newline=True,
     )
     engine.filters |= {"sh": _shell, "yaml": json.dumps, "pod": _pod}
-    return engine.get_template(template).render(vars(job))
+    return engine.get_template(template).render(vars(job), signals=SIGNALS)
 
 
 def _shell(value: str | int | Iterable[str]) -> str:
@@ -43,4 +46,4 @@ def _pod(value: str | Sequence[str]) -> str:
     return json.dumps(value).replace("$", "$$")
 
 
-__all__ = ["fill", "template_folder"]
+__all__ = ["SIGNALS", "fill", "template_folder"]

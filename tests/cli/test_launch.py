@@ -73,6 +73,29 @@ def test_torchrun_lines_are_printed(run):
     assert [file.name for file in Path().iterdir()] == ["programs"]
 
 
+@pytest.mark.parametrize(
+    ("where", "directory", "remedy"),
+    [
+        (["--on", "slurm", "--image", "a"], "runs/tiny", "mount the folder that it belongs in with --shared"),
+        (["--on", "slurm", "--image", "a", "--shared", "/data"], "../out", "a folder below --shared, /data"),
+        (KUBERNETES, "/database/out", "a folder below --shared, /data"),
+    ],
+)
+def test_a_run_that_would_end_with_its_container_is_refused(run, where, directory, remedy):
+    with pytest.raises(RecipeError) as raised:
+        run(*where, f"run.directory={directory}")
+    (problem,) = raised.value.problems
+    assert problem.message == f"run.directory={directory} lies inside the container, and ends with it"
+    assert problem.key == "run.directory" and problem.remedy.endswith(remedy)
+
+
+@pytest.mark.parametrize("directory", ["runs/tiny", "/data/out", "../data/out"])
+def test_a_run_that_the_container_shares_is_not(run, directory):
+    shared = ["--on", "slurm", "--image", "a", "--shared", "/data", "--dry-run"]
+    printed = run(*shared, f"run.directory={directory}").stdout
+    assert "--container-mounts=/data:/data)\n" in printed and f"\nrun={directory}\n" in printed
+
+
 def test_what_plugins_need_is_printed_and_exported(run, monkeypatch):
     from dsplugins.plugins.event.curves import Curves
 

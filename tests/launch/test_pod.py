@@ -10,25 +10,41 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.launching import pod
+from dsplugins.launching.job import Cluster, Job
+from dsplugins.launching.templates import fill
 
 STATUS = "import json, pathlib, time, sys\ndef status(code): pathlib.Path('out/status.json').write_text(" + (
     "json.dumps({'code': code, 'time': time.time()}))\n"
 )
-TORCHRUN = (
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+RANK = (
     STATUS
     + """
 import signal
 def stop(number, frame):
+    pathlib.Path('asked').write_text(signal.Signals(number).name)
     status(75)
-    sys.exit(1)
-signal.signal(signal.SIGTERM, stop)
+    sys.exit(75)
+for each in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(each, stop)
 pathlib.Path('ready').touch()
 time.sleep(60)
 """
 )
+
+
+def of_the_pod():
+    """Environment variables that the template writes down."""
+    cluster = Cluster(nodes=1, image="a", shared="/data", claim="mine")
+    job = Job("a-run", cluster, 1, 0, "python", "/data", "out", ("train",))
+    (replicated,) = yaml.safe_load(fill("jobset.yaml", job))["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    given = {entry["name"]: entry.get("value") for entry in container["env"]}
+    return {name: given[name] for name in ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PET_SIGNALS_TO_HANDLE")}
 
 
 @pytest.fixture
@@ -67,12 +83,16 @@ def test_a_run_directory_that_can_not_be_written(folder):
         pod.main("file", ["true"])
 
 
-def test_sigterm_is_handed_on(folder):
-    line = [sys.executable, "-m", "dsplugins.launching.pod", "out", sys.executable, "-c", TORCHRUN]
-    with subprocess.Popen(line, cwd=folder, env=dict(os.environ)) as process:
+@pytest.mark.parametrize(("number", "by"), [(signal.SIGTERM, []), (signal.SIGUSR1, TORCHRUN)])
+def test_signals_are_handed_on(folder, number, by):
+    """By torchrun, too, in the environment that the template describes."""
+    (folder / "rank.py").write_text(RANK)
+    line = [sys.executable, "-m", "dsplugins.launching.pod", "out", sys.executable, *by, "rank.py"]
+    with subprocess.Popen(line, cwd=folder, env=os.environ | of_the_pod()) as process:
         deadline = time.monotonic() + 60
         while not (folder / "ready").exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
-        process.terminate()
+        process.send_signal(number)
         assert process.wait(timeout=60) == 75
+    assert (folder / "asked").read_text() == number.name

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from dsplugins.launching.job import Cluster, Job
-from dsplugins.launching.templates import fill, template_folder
+from dsplugins.launching.templates import SIGNALS, fill, template_folder
+from dsplugins.wishes import STOPS
 
 NASTY = """a 'b' "c" $HOME `id` \\ {d} #e: f"""
 SHELL = ["slurm_torchrun.sbatch", "slurm_srun.sbatch", "torchrun.txt"]
@@ -206,7 +207,7 @@ def test_pods(template):
 
 
 def test_trainjob_refers_to_its_runtime():
-    """Kubeflow finds what to fill in by a label and the name `node`, and sets PET_ variables itself."""
+    """Kubeflow finds what to fill in by a label and the name `node`, and sets its PET_ variables itself."""
     found = documents("trainjob.yaml")
     spec = found["TrainJob"]["spec"]
     assert spec["runtimeRef"] == {
@@ -222,7 +223,8 @@ def test_trainjob_refers_to_its_runtime():
     }
     (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
     assert container["name"] == "node"
-    assert not [entry for entry in container["env"] if entry["name"].startswith("PET_")]
+    ours = [entry["name"] for entry in container["env"] if entry["name"].startswith("PET_")]
+    assert ours == ["PET_SIGNALS_TO_HANDLE"]
 
 
 def test_jobset_gives_static_ranks():
@@ -240,6 +242,7 @@ def test_torchrun_knows_those_variables(monkeypatch):
     from torch.distributed.run import get_args_parser
 
     told = {
+        "SIGNALS_TO_HANDLE": SIGNALS,
         "NNODES": "2",
         "NPROC_PER_NODE": "8",
         "NODE_RANK": "1",
@@ -251,6 +254,14 @@ def test_torchrun_knows_those_variables(monkeypatch):
     found = get_args_parser().parse_args(["-m", "dsplugins", "train"])
     assert (found.nnodes, found.nproc_per_node, found.node_rank) == ("2", "8", 1)
     assert (found.master_addr, found.master_port, found.rdzv_backend) == ("first", 7, "static")
+    assert found.signals_to_handle == SIGNALS
+
+
+def test_torchrun_hands_on_every_signal_that_asks_a_run_to_save():
+    names = SIGNALS.split(",")
+    assert {number.name for number in STOPS} <= set(names)
+    environment = fill("slurm_torchrun.sbatch", job()), fill("torchrun.txt", job())
+    assert all(f" PET_SIGNALS_TO_HANDLE={SIGNALS}\n" in text for text in environment)
 
 
 def test_options_of_slurm_are_where_slurm_reads_them():
