@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-CONTRACT = (1, 2)
+CONTRACT = (1, 3)
 """Version of this contract: (major, minor). A plugin class may say `contract = ">=1.0,<2"`."""
 
 SLOTS = (
@@ -236,6 +236,21 @@ contract, owns
 ExpertsFactory = Callable[..., "torch.nn.Module"]
 """`factory(num_local_experts, config, pg_collection=, name=)`, as `MoESubmodules.experts` is called."""
 
+
+class GroupedProducts(Protocol):
+    """What a backend may offer beside core's `BackendSpecProvider`, as `grouped_products()`: the two products
+    of experts whose weights are packed. E experts of this rank have `splits` [E] tokens each, T together.
+    """
+
+    def up(self, tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
+        """tokens [T, H], sorted by expert, times weight [E, 2I, H] transposed: [T, 2I], gate first."""
+
+    def down(
+        self, inner: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor
+    ) -> torch.Tensor:
+        """SwiGLU of inner [T, 2I] times probs [T], times weight [E, H, I] transposed: [T, H]."""
+
+
 DispatcherFactory = Callable[..., Any]
 """`factory(num_local_experts, local_expert_indices, config=, pg_collection=) -> MoETokenDispatcher`."""
 
@@ -325,6 +340,7 @@ __all__ = [
     "Evaluate",
     "Evaluation",
     "ExpertsFactory",
+    "GroupedProducts",
     "Layout",
     "PipelineSchedule",
     "Plan",

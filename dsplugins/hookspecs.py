@@ -101,44 +101,55 @@ def ds_data(plan: Plan) -> Data:
 
 
 @hookspec(firstresult=True)
-def ds_backend(config: MLATransformerConfig) -> BackendSpecProvider:
+def ds_backend(plan: Plan, config: MLATransformerConfig) -> BackendSpecProvider:
     """Slot. Linears, norms, core attention: attention, MLPs, experts and MTP are built from it."""
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
-def ds_precision(config: MLATransformerConfig, backend: BackendSpecProvider) -> BackendSpecProvider:
-    """Slot. The number format: the backend itself, or one that wraps its linears."""
+def ds_precision(
+    plan: Plan, config: MLATransformerConfig, backend: BackendSpecProvider
+) -> BackendSpecProvider:
+    """Slot. The number format: the backend itself, or one that wraps its linears.
+
+    What is returned may have more methods than core's protocol; whoever builds from a backend asks for them
+    and takes the ordinary part where there is none. `expert_mlp()` and `shared_expert_mlp()` return classes
+    in the place of core's `MLP` of a routed expert and of `SharedExpertMLP`; `grouped_products()` returns
+    `contracts.GroupedProducts` for experts with packed weights.
+    """
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
-def ds_attention(config: MLATransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+def ds_attention(plan: Plan, config: MLATransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
     """Slot. Spec of a whole self-attention, `params` with `attn_mask_type` (MTP asks for it)."""
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
-def ds_router(config: MLATransformerConfig) -> RouterFactory:
+def ds_router(plan: Plan, config: MLATransformerConfig) -> RouterFactory:
     """Slot. Factory of the module that sends tokens to experts; see `contracts.RouterFactory`."""
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
-def ds_experts(config: MLATransformerConfig, backend: BackendSpecProvider) -> ExpertsFactory:
+def ds_experts(plan: Plan, config: MLATransformerConfig, backend: BackendSpecProvider) -> ExpertsFactory:
     """Slot. Factory of the module that computes this rank's routed experts."""
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
-def ds_dispatcher(config: MLATransformerConfig) -> DispatcherFactory:
+def ds_dispatcher(plan: Plan, config: MLATransformerConfig) -> DispatcherFactory:
     """Slot. Factory of the object that carries tokens to the ranks of their experts and back."""
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def ds_mtp(
-    config: MLATransformerConfig, decoder: TransformerBlockSubmodules, backend: BackendSpecProvider
+    plan: Plan,
+    config: MLATransformerConfig,
+    decoder: TransformerBlockSubmodules,
+    backend: BackendSpecProvider,
 ) -> ModuleSpec:
     """Slot. Spec of the multi-token-prediction block, made from the whole decoder's layer specs.
 
@@ -158,7 +169,7 @@ def ds_model(plan: Plan, settings: Settings) -> Callable[..., torch.nn.Module]:
 
 
 @hookspec(firstresult=True)
-def ds_recompute(config: MLATransformerConfig, chunk: torch.nn.Module) -> bool:
+def ds_recompute(plan: Plan, config: MLATransformerConfig, chunk: torch.nn.Module) -> bool:
     """Slot, optional. Attach an activation-memory policy to a built chunk, before it is wrapped.
 
     Must not change any number. Return True.

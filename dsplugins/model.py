@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 from dsplugins import weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from dsplugins.contracts import DispatcherFactory, ExpertsFactory, Layout, Plan, RouterFactory, Settings
     from dsplugins.manager import Plugins
@@ -61,18 +61,17 @@ class Parts:
     dispatcher: DispatcherFactory | None
 
 
-def collect(settings: Settings, plugins: Plugins) -> Parts:
+def collect(plan: Plan, settings: Settings, plugins: Plugins) -> Parts:
     """Ask the slots, from the inside out."""
-    config = settings.model
-    backend = plugins.slot("backend", config=config)
-    backend = plugins.slot("precision", config=config, backend=backend)
-    moe = config.num_moe_experts is not None
+    ask = partial(plugins.slot, plan=plan, config=settings.model)
+    backend = ask("precision", backend=ask("backend"))
+    moe = settings.model.num_moe_experts is not None
     return Parts(
         backend=backend,
-        attention=plugins.slot("attention", config=config, backend=backend),
-        router=plugins.slot("router", config=config) if moe else None,
-        experts=plugins.slot("experts", config=config, backend=backend) if moe else None,
-        dispatcher=plugins.slot("dispatcher", config=config) if moe else None,
+        attention=ask("attention", backend=backend),
+        router=ask("router") if moe else None,
+        experts=ask("experts", backend=backend) if moe else None,
+        dispatcher=ask("dispatcher") if moe else None,
     )
 
 
@@ -100,15 +99,25 @@ def _mlp_submodules(parts: Parts) -> MLPSubmodules:
     )
 
 
+def shared_expert_class(backend: Any) -> type[SharedExpertMLP]:
+    """Core's, or the one that the number format brings."""
+    brought = getattr(backend, "shared_expert_mlp", None)
+    return SharedExpertMLP if brought is None else brought()
+
+
 def _dense(parts: Parts) -> Any:
     return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules(parts))
 
 
 def _moe(parts: Parts) -> Any:
-    shared = partial(SharedExpertMLP, submodules=_mlp_submodules(parts))
+    shared: Any = shared_expert_class(parts.backend)
     return partial(
         HostMoELayer,
-        submodules=MoESubmodules(experts=parts.experts, shared_experts=shared, router=parts.router),
+        submodules=MoESubmodules(
+            experts=parts.experts,
+            shared_experts=partial(shared, submodules=_mlp_submodules(parts)),
+            router=parts.router,
+        ),
         dispatcher=parts.dispatcher,
     )
 
@@ -165,41 +174,41 @@ def start_groups(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> No
 
 def build_chunks(plan: Plan, settings: Settings, plugins: Plugins) -> list[torch.nn.Module]:
     """This rank's bare model chunks, in order, with recompute attached; weights not yet initialised."""
-    config = settings.model
-    parts = collect(settings, plugins)
-    whole = whole_decoder(config, parts)
+    ask = partial(plugins.slot, plan=plan, config=settings.model)
+    parts = collect(plan, settings, plugins)
+    whole = whole_decoder(settings.model, parts)
     factory = plugins.slot("model", plan=plan, settings=settings)
-    chunks = []
-    for chunk in range(plan.layout.virtual_pipeline):
-        vp_stage = chunk if plan.layout.virtual_pipeline > 1 else None
-        chunks.append(_chunk(config, plugins, parts, whole, factory, vp_stage))
+    mtp = partial(ask, "mtp", decoder=whole, backend=parts.backend) if plugins.owner("mtp") else None
+    several = plan.layout.virtual_pipeline > 1
+    chunks = [
+        _chunk(settings.model, whole, mtp, factory, chunk if several else None)
+        for chunk in range(plan.layout.virtual_pipeline)
+    ]
     if plugins.owner("recompute"):
         for module in chunks:
-            plugins.slot("recompute", config=config, chunk=module)
+            ask("recompute", chunk=module)
     return chunks
 
 
 def _chunk(
     config: Any,
-    plugins: Plugins,
-    parts: Parts,
     whole: TransformerBlockSubmodules,
-    factory: Any,
+    mtp: Callable[[], ModuleSpec] | None,
+    factory: Callable[..., torch.nn.Module],
     vp_stage: int | None,
 ) -> torch.nn.Module:
+    """Chunk `vp_stage` of this rank, with MTP's block where that stands."""
     from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 
-    mtp = None
-    if plugins.owner("mtp") and mtp_on_this_rank(
+    predicts = mtp is not None and mtp_on_this_rank(
         layout=config.pipeline_model_parallel_layout,
         mtp_num_layers=config.mtp_num_layers,
         ignore_virtual=False,
         vp_stage=vp_stage,
-    ):
-        mtp = plugins.slot("mtp", config=config, decoder=whole, backend=parts.backend)
-    model = factory(
+    )
+    model: Any = factory(
         decoder=_slice(config, whole, vp_stage),
-        mtp=mtp,
+        mtp=mtp() if mtp is not None and predicts else None,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         vp_stage=vp_stage,

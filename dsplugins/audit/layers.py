@@ -25,7 +25,7 @@ Differences = Iterable[tuple[str, str]]
 
 def differences(run: Standing) -> Differences:
     """Everything that is not as the slots answered."""
-    config, want = run.settings.model, wanted(run.settings, run.plugins)
+    config, want = run.settings.model, wanted(run.plan, run.settings, run.plugins)
     for name, layer, moe in layers(config, run.chunks):
         for said in _layer(layer, moe, want, config):
             yield name, said
@@ -112,7 +112,7 @@ def _experts(mlp: Any, want: Wanted, config: Any) -> Iterator[str]:
         if shared is not None:
             yield "shared experts stand there, moe_shared_expert_intermediate_size asks for none"
         return
-    yield from differs("shared experts", shared, SharedExpertMLP)
+    yield from differs("shared experts", shared, want.shared_experts)
     if isinstance(shared, SharedExpertMLP):
         yield from _linears("shared experts", shared, want)
     if (
@@ -136,7 +136,8 @@ def _untouched(layer: Any, want: Wanted) -> Iterator[str]:
             yield f"{name} is {type(module).__name__}: the number format has not reached it"
     experts = getattr(layer.mlp, "experts", None)
     reached = tuple(linear for linear in (want.column, want.row) if linear is not None)
-    if experts is not None and not any(isinstance(module, reached) for module in experts.modules()):
+    packed = want.products and hasattr(experts, "products")
+    if experts is not None and not packed and not any(isinstance(m, reached) for m in experts.modules()):
         yield f"experts {type(experts).__name__} have no linears: the number format does not reach them"
 
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from dsplugins import model
 
 if TYPE_CHECKING:
-    from dsplugins.contracts import Settings
+    from dsplugins.contracts import Plan, Settings
     from dsplugins.manager import Plugins
 
 
@@ -30,15 +30,18 @@ class Wanted:
     router: type | None
     experts: type | None
     dispatcher: type | None
+    shared_experts: type
+    products: bool
+    """Whether the number format brings products for packed experts."""
     unwrapped: tuple[type, ...]
     """The backend's own linears, where the number format put others in their place; else empty."""
 
 
-def wanted(settings: Settings, plugins: Plugins) -> Wanted:
+def wanted(plan: Plan, settings: Settings, plugins: Plugins) -> Wanted:
     """Ask backend, precision, attention, router, experts and dispatcher."""
     config = settings.model
-    parts = model.collect(settings, plugins)
-    bare = plugins.slot("backend", config=config)
+    parts = model.collect(plan, settings, plugins)
+    bare = plugins.slot("backend", plan=plan, config=config)
     column, row = (class_of(linear) for linear in _linears(parts.backend))
     own = {class_of(linear) for linear in _linears(bare)} - {column, row}
     return Wanted(
@@ -50,6 +53,8 @@ def wanted(settings: Settings, plugins: Plugins) -> Wanted:
         router=class_of(parts.router),
         experts=class_of(parts.experts),
         dispatcher=class_of(parts.dispatcher),
+        shared_experts=model.shared_expert_class(parts.backend),
+        products=hasattr(parts.backend, "grouped_products"),
         unwrapped=tuple(linear for linear in own if linear is not None),
     )
 

@@ -60,7 +60,7 @@ def build(overrides: Sequence[str]) -> Layer:
 
     settled = settings.settle(plan, plugins, recipe)
     model.start_groups(plan.layout, plan.train.seed)
-    spec = model.layer_spec(model.collect(settled, plugins), moe=True)
+    spec = model.layer_spec(model.collect(plan, settled, plugins), moe=True)
     module = build_module(spec, config=settled.model, layer_number=1).to(device)
     weights.initialise([module], plan.train.seed, settled.model.init_method_std)
     return Layer(module.train(), plan, settled, platform, device)

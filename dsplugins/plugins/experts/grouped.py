@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsplugins.contracts import ExpertsFactory, Plan, Problem, Settings
@@ -29,8 +30,8 @@ class Grouped:
     """All local experts at once through `torch.nn.functional.grouped_mm`.
 
     Same arithmetic and same checkpoint keys as `sequential`; weights are packed, [E, 2I, H] and
-    [E, H, I]. The backend's linears are not used, so a number format that wraps them doesn't reach the
-    experts: use `sequential` with such a precision.
+    [E, H, I]. A number format reaches them by bringing `grouped_products()`; the backend's linears are not
+    used, so with one that only wraps those, use `sequential`.
     """
 
     contract = ">=1.0,<2"
@@ -45,10 +46,12 @@ class Grouped:
 
     @hookimpl
     def ds_experts(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> ExpertsFactory:
-        """GroupedExperts."""
-        from dsplugins.plugins.experts.grouped_experts import GroupedExperts
+        """GroupedExperts, on the products of the number format where it brings some."""
+        from dsplugins.plugins.experts.grouped_experts import GroupedExperts, TorchProducts
 
-        return GroupedExperts
+        brought = getattr(backend, "grouped_products", None)
+        products = TorchProducts(config) if brought is None else brought()
+        return partial(GroupedExperts, products=products)
 
 
 def _layout(plan: Plan) -> Iterable[Problem]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
@@ -11,6 +11,39 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import grouped_mm
+
+if TYPE_CHECKING:
+    from dsplugins.contracts import GroupedProducts
+
+
+class TorchProducts:
+    """The products in the format of their operands, through torch's grouped one."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def up(self, tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
+        """See `contracts.GroupedProducts`."""
+        return grouped_mm(tokens, weight.transpose(1, 2), offs=_ends(splits, tokens))
+
+    def down(
+        self, inner: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor
+    ) -> torch.Tensor:
+        """See `contracts.GroupedProducts`."""
+        active = self._activated(inner, probs.unsqueeze(-1))
+        return grouped_mm(active, weight.transpose(1, 2), offs=_ends(splits, inner))
+
+    def _activated(self, inner: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """SwiGLU times probs: [T, 2I], [T, 1] -> [T, I]; `bias_activation_fusion` takes core's fused one."""
+        if self.config.bias_activation_fusion:
+            stored = self.config.activation_func_fp8_input_store
+            return weighted_bias_swiglu_impl(inner, None, scale, stored)
+        gate, up = inner.chunk(2, dim=-1)
+        return (self.config.activation_func(gate) * up * scale).to(inner.dtype)
+
+
+def _ends(splits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return splits.to(device=tokens.device).cumsum(0).to(torch.int32)
 
 
 class GroupedExperts(MegatronModule):
@@ -22,9 +55,15 @@ class GroupedExperts(MegatronModule):
     """
 
     def __init__(
-        self, num_local_experts: int, config: Any, pg_collection: Any = None, name: str | None = None
+        self,
+        num_local_experts: int,
+        config: Any,
+        products: GroupedProducts,
+        pg_collection: Any = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.products = products
         self.num_local_experts = num_local_experts
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
         inner, hidden = config.moe_ffn_hidden_size, config.hidden_size
@@ -59,22 +98,14 @@ class GroupedExperts(MegatronModule):
         """Output [T, H] of tokens [T, H] sorted by expert; counts [E]; probs [T] scale the inner
         activation.
         """
-        tokens, scale = permuted_local_hidden_states, permuted_probs.unsqueeze(-1)
+        tokens, probs = permuted_local_hidden_states, permuted_probs
         if tokens.shape[0] == 0:
             # Weights and probs take part all the same: each has a gradient to reduce or to send back, and
             # a rank that leaves one out leaves the others waiting.
-            return (tokens * scale).to(tokens.dtype) + 0.0 * (self.weight1.sum() + self.weight2.sum()), None
-        ends = tokens_per_expert.to(device=tokens.device).cumsum(0).to(torch.int32)
-        inner = self._activated(grouped_mm(tokens, self.weight1.transpose(1, 2), offs=ends), scale)
-        return grouped_mm(inner, self.weight2.transpose(1, 2), offs=ends), None
-
-    def _activated(self, inner: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """SwiGLU times probs: [T, 2I], [T, 1] -> [T, I]; `bias_activation_fusion` takes core's fused one."""
-        if self.config.bias_activation_fusion:
-            stored = self.config.activation_func_fp8_input_store
-            return weighted_bias_swiglu_impl(inner, None, scale, stored)
-        gate, up = inner.chunk(2, dim=-1)
-        return (self.config.activation_func(gate) * up * scale).to(inner.dtype)
+            nothing = (tokens * probs.unsqueeze(-1)).to(tokens.dtype)
+            return nothing + 0.0 * (self.weight1.sum() + self.weight2.sum()), None
+        inner = self.products.up(tokens, self.weight1, tokens_per_expert)
+        return self.products.down(inner, probs, self.weight2, tokens_per_expert), None
 
     def backward_dw(self) -> None:
         """Nothing is delayed."""

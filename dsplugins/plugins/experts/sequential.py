@@ -20,7 +20,7 @@ class Sequential:
 
     @hookimpl
     def ds_experts(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> ExpertsFactory:
-        """SequentialMLP of the backend's linears."""
+        """SequentialMLP of the backend's linears; of experts that the number format brings where it does."""
         from megatron.core.transformer.mlp import MLPSubmodules
         from megatron.core.transformer.moe.experts import SequentialMLP
 
@@ -29,4 +29,9 @@ class Sequential:
             linear_fc2=backend.row_parallel_linear(),
             activation_func=backend.activation_func(),
         )
-        return partial(SequentialMLP, submodules=submodules)
+        brought = getattr(backend, "expert_mlp", None)
+        if brought is None:
+            return partial(SequentialMLP, submodules=submodules)
+        from dsplugins.plugins.experts.sequential_experts import SequentialExperts
+
+        return partial(SequentialExperts, submodules=submodules, mlp=brought())

@@ -1,0 +1,176 @@
+"""A linear whose three products take FP8 operands, under tensor and sequence parallel.
+
+Imported from hook bodies only: it needs torch and megatron-core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from dsplugins.plugins.precision.fp8 import e5m6, products
+from dsplugins.plugins.precision.fp8.experts import SwigluDown
+from dsplugins.plugins.precision.fp8.rule import Rule, Scales, rule_for
+from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
+from dsplugins.plugins.precision.fp8.tiles import ROW, Quantised, dequantise, quantise
+
+
+class Fp8Product(torch.autograd.Function):
+    """y = x W^T. x [..., K] in 16 bits, W [N, K]; y [..., N] has the format of x.
+
+    Backward keeps the input's codes instead of the input: 1 byte and 1/32 for each number (E5M6: 1.5).
+    `gathered` is the tensor-parallel group where x is split along its first dimension (sequence parallel),
+    `reduced` the one over which the gradient of x is summed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        rule: Rule,
+        product: products.Product,
+        gathered: Any,
+        reduced: Any,
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        codes = quantise(flat, ROW, rule.input)
+        ctx.rule, ctx.product, ctx.shape = rule, product, x.shape
+        ctx.gathered, ctx.reduced = gathered, reduced
+        ctx.weight = weight  # not a saved tensor: its `main_grad` is added to in backward
+        ctx.save_for_backward(*_keep(flat, codes, rule))
+        y = products.output(product, _gather(codes, gathered), weight, rule.weight).to(x.dtype)
+        return y.view(-1, *x.shape[1:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        rule, product, weight = ctx.rule, ctx.product, ctx.weight
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = dw = None
+        wait: Callable[[], object] = _nothing
+        if ctx.needs_input_grad[0]:
+            dy_codes = products.gradient(flat, rule.gradient)
+            dx = products.input_gradient(product, dy_codes, weight, rule.weight).to(dy.dtype)
+            dx, wait = _reduce(dx, ctx.gathered, ctx.reduced)
+        if ctx.needs_input_grad[1]:
+            x = _kept(ctx.saved_tensors, rule, ctx.gathered, weight.shape[1])
+            dw = products.weight_gradient(product, flat, x, rule.gradient, rule.input)
+            dw = products.deliver(weight, dw)
+        wait()
+        return (dx if dx is None else dx.view(ctx.shape)), dw, None, None, None, None
+
+
+def _nothing() -> None:
+    """Nothing to wait for."""
+
+
+def _keep(x: torch.Tensor, codes: Quantised, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of this rank's part of the input, in the format of the rule."""
+    if rule.keeps == "e4m3":
+        return codes.codes, codes.scales
+    packed = e5m6.pack(x)
+    return packed.bytes, packed.scales
+
+
+def _kept(saved: tuple[torch.Tensor, ...], rule: Rule, group: Any, columns: int) -> torch.Tensor:
+    """The whole input as backward sees it: FP32 [T, K]."""
+    codes, scales = (_gathered(part, group) for part in saved)
+    if rule.keeps == "e4m3":
+        return dequantise(Quantised(codes, scales, ROW))
+    return e5m6.unpack(e5m6.Packed(codes, scales, columns))
+
+
+def _gather(q: Quantised, group: Any) -> Quantised:
+    """Rows of all ranks of `group`, in their order."""
+    return Quantised(_gathered(q.codes, group), _gathered(q.scales, group), q.tile)
+
+
+def _gathered(part: torch.Tensor, group: Any) -> torch.Tensor:
+    if group is None:
+        return part
+    as_bytes = part.contiguous().view(torch.uint8)
+    whole = as_bytes.new_empty(group.size() * as_bytes.shape[0], *as_bytes.shape[1:])
+    dist.all_gather_into_tensor(whole, as_bytes, group=group)
+    return whole.view(part.dtype)
+
+
+def _reduce(dx: torch.Tensor, gathered: Any, reduced: Any) -> tuple[torch.Tensor, Callable[[], object]]:
+    """Start summing the gradient of the input; the result, and what to call before it is read."""
+    if gathered is not None:
+        part = dx.new_empty(dx.shape[0] // gathered.size(), *dx.shape[1:])
+        return part, _waiting(dist.reduce_scatter_tensor(part, dx, group=gathered, async_op=True))
+    if reduced is not None:
+        return dx, _waiting(dist.all_reduce(dx, group=reduced, async_op=True))
+    return dx, _nothing
+
+
+def _waiting(work: dist.Work | None) -> Callable[[], object]:
+    assert work is not None, "this rank is in the group"
+    return work.wait
+
+
+class _Fp8Linear:
+    """What both linears share: core's own class calls `_forward_impl` for its product, and only for that."""
+
+    scales: ClassVar[Scales] = "report"
+    product: ClassVar[Any]
+    """(the function, wrapped so that it is no method: `(reference.product,)`)."""
+    rule: Rule | None
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor | SwigluInput,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False,
+        tp_group: Any = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        if self.rule is None:
+            return super()._forward_impl(  # type: ignore[misc]
+                input=input,
+                weight=weight,
+                bias=bias,
+                allreduce_dgrad=allreduce_dgrad,
+                sequence_parallel=sequence_parallel,
+                tp_group=tp_group,
+                **others,
+            )
+        if isinstance(input, SwigluInput):
+            return self._down(input, weight, self.rule)
+        y = Fp8Product.apply(
+            input,
+            weight,
+            self.rule,
+            self.product[0],
+            tp_group if sequence_parallel else None,
+            tp_group if allreduce_dgrad else None,
+        )
+        return y if bias is None else y + bias
+
+    def _down(self, input: SwigluInput, weight: torch.Tensor, rule: Rule) -> torch.Tensor:
+        """The down-projection of an expert that leaves SwiGLU to it."""
+        inner = input.inner.reshape(-1, input.inner.shape[-1])
+        y = SwigluDown.apply(inner, input.probs, weight, [inner.shape[0]], rule, self.product[0])
+        return y.view(*input.inner.shape[:-1], weight.shape[0])
+
+
+class Fp8ColumnParallelLinear(_Fp8Linear, ColumnParallelLinear):
+    """Core's ColumnParallelLinear with FP8 operands; same parameters, same checkpoint keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rule = rule_for(kwargs.get("tp_comm_buffer_name") or "", self.is_expert, self.scales)
+
+
+class Fp8RowParallelLinear(_Fp8Linear, RowParallelLinear):
+    """Core's RowParallelLinear with FP8 operands; same parameters, same checkpoint keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rule = rule_for(kwargs.get("tp_comm_buffer_name") or "", self.is_expert, self.scales)

@@ -1,0 +1,52 @@
+"""MLPs of experts that hand SwiGLU to their down-projection, and packed experts' two products.
+
+Imported from hook bodies only: it needs torch and megatron-core.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+
+from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
+from dsplugins.plugins.precision.fp8.rule import Scales, rule_for
+from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
+
+
+class Fp8ExpertMLP(MLP):
+    """Core's MLP with SwiGLU inside `linear_fc2`, which keeps its input in FP8 and not its output."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """[..., H] -> [..., H]; `per_token_scale` [...] multiplies the activation."""
+        inner, _ = self.linear_fc1(hidden_states)
+        output, _ = self.linear_fc2(SwigluInput(inner, per_token_scale))
+        return output, None
+
+
+class Fp8SharedExpertMLP(SharedExpertMLP, Fp8ExpertMLP):
+    """Core's shared experts on `Fp8ExpertMLP`: their `forward` calls the next class's."""
+
+
+class Fp8GroupedProducts:
+    """The two products of packed experts; see `contracts.GroupedProducts`."""
+
+    def __init__(self, scales: Scales, product: Any) -> None:
+        self.product = product
+        up, down = rule_for("fc1", True, scales), rule_for("fc2", True, scales)
+        assert up is not None and down is not None
+        self.rules = up, down
+
+    def up(self, tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
+        """tokens [T, H] times weight [E, 2I, H] transposed: [T, 2I]."""
+        return ExpertsUp.apply(tokens, weight, splits.tolist(), self.rules[0], self.product)
+
+    def down(
+        self, inner: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor
+    ) -> torch.Tensor:
+        """SwiGLU of inner [T, 2I] times probs [T], times weight [E, H, I] transposed: [T, H]."""
+        return SwigluDown.apply(inner, probs, weight, splits.tolist(), self.rules[1], self.product)

@@ -1,0 +1,55 @@
+"""The three products of a linear, from operands in FP8 (arXiv 2412.19437, 3.3.1 and 3.3.2).
+
+Imported from hook bodies only: it needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsplugins.plugins.precision.fp8.tiles import ROW, SMALLEST_GRADIENT, SQUARE, Quantised, quantise
+
+Product = Callable[[Quantised, Quantised], torch.Tensor]
+"""a [M, K] times b [N, K] transposed, FP32 [M, N]; see `reference.product`."""
+
+
+def output(product: Product, x: Quantised, weight: torch.Tensor, power_of_two: bool) -> torch.Tensor:
+    """x [T, K] times `weight` [N, K] transposed: FP32 [T, N]."""
+    return product(x, quantise(weight, SQUARE, power_of_two))
+
+
+def input_gradient(product: Product, dy: Quantised, weight: torch.Tensor, power_of_two: bool) -> torch.Tensor:
+    """dy [T, N] times `weight` [N, K]: FP32 [T, K]. Square tiles serve both directions."""
+    return product(dy, quantise(weight, SQUARE, power_of_two).t)
+
+
+def gradient(dy: torch.Tensor, power_of_two: bool) -> Quantised:
+    """A gradient [M, K] in tiles of 1 x 128."""
+    return quantise(dy, ROW, power_of_two, SMALLEST_GRADIENT)
+
+
+def weight_gradient(
+    product: Product, dy: torch.Tensor, x: torch.Tensor, dy_power_of_two: bool, x_power_of_two: bool
+) -> torch.Tensor:
+    """dy [T, N] transposed times x [T, K]: FP32 [N, K]; both in tiles of 128 tokens of one channel."""
+    left = gradient(dy.t(), dy_power_of_two)
+    return product(left, quantise(x.t(), ROW, x_power_of_two))
+
+
+def deliver(weight: Any, gradient: torch.Tensor) -> torch.Tensor:
+    """Add an FP32 gradient to `weight.main_grad`, unrounded; returns what autograd is to be given.
+
+    Core's DDP makes `main_grad` and knows by `grad_added_to_main_grad` that it has it already; what autograd
+    carries then only tells that this weight is done. Without DDP, autograd gets the gradient itself.
+    """
+    gradient = gradient.view_as(weight)
+    if getattr(weight, "main_grad", None) is None or not hasattr(weight, "grad_added_to_main_grad"):
+        return gradient.to(weight.dtype)
+    weight.main_grad.add_(gradient)
+    weight.grad_added_to_main_grad = True
+    if getattr(weight, "zero_out_wgrad", False):
+        return torch.zeros_like(weight)
+    return torch.empty_like(weight)

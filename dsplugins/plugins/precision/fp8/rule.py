@@ -1,0 +1,43 @@
+"""Which tensors of one linear have power-of-two scales, and what is kept of its input for backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scales = Literal["report", "power_of_two"]
+
+KEPT_HIGH = ("mtp_eh_proj",)
+"""Linears (core's `tp_comm_buffer_name`) that stay in BF16, as in the checkpoints that DeepSeek published."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Of one linear. A flag goes for both directions of a tensor's tiles, along channels and along tokens."""
+
+    input: bool = False
+    """Power-of-two scales for the input."""
+    gradient: bool = False
+    """Power-of-two scales for the gradient of the output."""
+    weight: bool = False
+    """Power-of-two scales for the weight."""
+    keeps: Literal["e4m3", "e5m6"] = "e4m3"
+    """Format in which the input is kept for the weight gradient."""
+
+
+def rule_for(linear: str, routed: bool, scales: Scales) -> Rule | None:
+    """The rule of a linear, by core's `tp_comm_buffer_name` and whether it is a routed expert's.
+
+    The report has power-of-two scales in three places (arXiv 2412.19437, 3.3.3): the input of the linear
+    after attention, the input of the experts' up-projection, which was dispatched, and the gradient before
+    the experts' down-projection. `power_of_two` has them everywhere, as V3.1. None: the linear stays in BF16.
+    """
+    if linear in KEPT_HIGH:
+        return None
+    everywhere = scales == "power_of_two"
+    return Rule(
+        input=everywhere or linear == "proj" or (routed and linear == "fc1"),
+        gradient=everywhere or (routed and linear == "fc2"),
+        weight=everywhere,
+        keeps="e5m6" if linear == "proj" else "e4m3",
+    )

@@ -1,0 +1,91 @@
+"""FP8 as DeepSeek-V3 trained with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dsplugins.contracts import Problem
+from dsplugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from dsplugins.contracts import Plan, Settings
+
+
+@dataclass(frozen=True)
+class Fp8V3Options:
+    """Options of fp8_v3."""
+
+    backend: Literal["reference"] = "reference"
+    """What multiplies. `reference`: plain torch, the exact meaning, on CPU and CUDA."""
+    scales: Literal["report", "power_of_two"] = "report"
+    """`report`: powers of two in the three places of section 3.3.3, FP32 elsewhere; `power_of_two`:
+    everywhere, as DeepSeek-V3.1."""
+    outside: Literal["bf16", "fp32"] = "bf16"
+    """Format of weights, activations and messages outside of the products: the report's, or `fp32`, in which
+    layouts can be compared to the last digits. The products are the same."""
+
+
+class Fp8V3:
+    """E4M3 operands for all three products of each linear (arXiv 2412.19437, section 3.3).
+
+    Activations and their gradients have a scale for each 1 x 128 tile, weights for each 128 x 128 block;
+    weight gradients come from tiles along the tokens, and are summed in FP32. Covers the projections of
+    attention, dense MLPs, shared and routed experts and the block of MTP. Embedding, head, gate, norms, core
+    attention and MTP's `eh_proj` keep BF16 or FP32. For backward, linears keep their input in E4M3, the one
+    after attention in E5M6, and experts keep the input of SwiGLU and make its output again.
+    """
+
+    Options = Fp8V3Options
+    contract = ">=1.3,<2"
+
+    def __init__(self, options: Fp8V3Options) -> None:
+        self.options = options
+
+    @hookimpl
+    def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """The format outside of the products. Core's own `fp8` stays unset: it is TransformerEngine's."""
+        half = self.options.outside == "bf16"
+        return {
+            "model.bf16": half,
+            "model.fp16": False,
+            "model.fp8": None,
+            "model.fp4": None,
+            "optimizer.bf16": half,
+            "optimizer.fp16": False,
+            "ddp.grad_reduce_in_fp32": True,
+        }
+
+    @hookimpl
+    def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        """Experts that aren't SwiGLU."""
+        if settings.model.num_moe_experts:
+            yield from _not_swiglu(settings.model)
+
+    @hookimpl
+    def ds_precision(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> BackendSpecProvider:
+        """The backend with FP8 linears and experts."""
+        from dsplugins.plugins.precision.fp8 import reference
+        from dsplugins.plugins.precision.fp8.provider import Fp8Provider
+
+        return Fp8Provider(backend, self.options.scales, reference.product)
+
+
+def _not_swiglu(config: MLATransformerConfig) -> Iterable[Problem]:
+    import torch
+
+    if not config.gated_linear_unit or config.activation_func is not torch.nn.functional.silu:
+        said = "fp8_v3's experts are SwiGLU, whose input they keep in FP8"
+        yield Problem(said, "plugins.fp8_v3", "model.gated_linear_unit: true, model.activation_func: silu")
+    for field, neutral in (("activation_func_clamp_value", None), ("glu_linear_offset", 0.0)):
+        if getattr(config, field) != neutral:
+            said = f"model.{field}={getattr(config, field)} would not reach fp8_v3's experts"
+            yield Problem(said, f"model.{field}", "leave it out")
+    for field in ("use_te_activation_func", "activation_func_fp8_input_store"):
+        if getattr(config, field):
+            said = f"model.{field}=True would not reach fp8_v3's experts, which keep SwiGLU's input in FP8"
+            yield Problem(said, f"model.{field}", "leave it out")

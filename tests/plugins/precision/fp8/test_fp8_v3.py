@@ -1,0 +1,236 @@
+"""fp8_v3 in a model: what it reaches, what it leaves, layouts, experts, recompute, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsplugins.contracts import RecipeError
+
+FP8 = ["plugins.fp32=null", "plugins.fp8_v3={}"]
+EXACT = ["plugins.fp32=null", "plugins.fp8_v3.outside=fp32"]
+FIRST = [*EXACT, "train.steps=1"]
+GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
+
+
+def classes(overrides):
+    """Name of each module with a weight -> (its class, its rule)."""
+    from built import tiny_model
+
+    with tiny_model(*overrides) as (_, _, _, (chunk,)):
+        return {
+            name: (type(module).__name__, getattr(module, "rule", None))
+            for name, module in chunk.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        }
+
+
+def test_what_is_quantised_and_what_is_kept(workers):
+    """Report, 3.3.1: embedding, head, gate, norms stay; MTP's eh_proj as in the published checkpoints."""
+    found = workers(1).run(classes, FP8)[0]
+    quantised = {name for name, (_, rule) in found.items() if rule is not None}
+    kept = {name for name in found if name not in quantised}
+    assert {name.rpartition(".")[2] for name in kept} == {
+        "word_embeddings", "output_layer", "router", "eh_proj", "input_layernorm", "pre_mlp_layernorm",
+        "q_layernorm", "kv_layernorm", "final_layernorm", "enorm", "hnorm",
+    }  # fmt: skip
+    for layer in ("decoder.layers.0", "mtp.layers.0.mtp_model_layer"):
+        for linear in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "proj"):
+            assert f"{layer}.self_attention.linear_{linear}" in quantised
+    for mlp in ("0.mlp", "1.mlp.shared_experts", "1.mlp.experts.local_experts.7"):
+        assert {f"decoder.layers.{mlp}.linear_{fc}" for fc in ("fc1", "fc2")} <= quantised
+    rules = {name.removeprefix("decoder.layers."): rule for name, (_, rule) in found.items()}
+    assert rules["1.self_attention.linear_proj"].keeps == "e5m6"
+    assert rules["1.mlp.experts.local_experts.0.linear_fc1"].input
+    assert not rules["1.mlp.shared_experts.linear_fc1"].input
+    assert rules["1.mlp.experts.local_experts.0.linear_fc2"].gradient
+
+
+def keys_and_shapes(overrides):
+    from built import tiny_model
+
+    with tiny_model(*overrides) as (_, _, _, (chunk,)):
+        return {name: tuple(getattr(value, "shape", ())) for name, value in chunk.state_dict().items()}
+
+
+@pytest.mark.parametrize("experts", [[], GROUPED])
+def test_names_and_shapes_are_those_of_bf16(workers, experts):
+    half = ["plugins.fp32=null", "plugins.bf16={}"]
+    expected = workers(1).run(keys_and_shapes, [*half, *experts])[0]
+    assert workers(1).run(keys_and_shapes, [*FP8, *experts])[0] == expected
+
+
+def trained(overrides):
+    from runs import trained
+
+    return trained(overrides)
+
+
+@pytest.fixture(scope="module")
+def alone(workers):
+    """The first step of one process, FP32 outside of the products."""
+    return workers(1).run(trained, FIRST)[0]
+
+
+LAYOUTS = {
+    "dp2": (2, []),
+    "pp2": (2, ["parallel.pipeline=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_that_keep_every_tile_differ_by_what_fp32_sums_do(workers, alone, layout):
+    """The same tiles, so the same products. After that, weights that differ in their last digit are sometimes
+    rounded to two codes: five steps drift apart as far as quantising moves them, and prove nothing."""
+    size, overrides = LAYOUTS[layout]
+    for result in workers(size).run(trained, [*FIRST, *overrides]):
+        first, expected = result["rows"][0], alone["rows"][0]
+        assert first["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert result["counts"][0] == alone["counts"][0]
+
+
+def test_expert_parallelism_fills_the_tiles_along_tokens_otherwise(workers, alone):
+    """An expert's tokens of two ranks stand in one run, and share the tiles of its weight gradient: the first
+    step's loss is the same, its gradient is another rounding of the same."""
+    for result in workers(2).run(trained, [*FIRST, "parallel.expert=2"]):
+        first, expected = result["rows"][0], alone["rows"][0]
+        assert first["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        assert result["counts"][0] == alone["counts"][0]
+        assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-3)
+
+
+@pytest.mark.parametrize("experts", [[], GROUPED])
+def test_quantising_is_seen_and_small(workers, experts):
+    half = workers(1).run(trained, [])[0]
+    quantised = workers(1).run(trained, [*EXACT, *experts])[0]
+    for row, one in zip(quantised["rows"], half["rows"], strict=True):
+        assert row["loss"] != one["loss"]
+        assert row["loss"] == pytest.approx(one["loss"], rel=5e-3)
+
+
+def test_packed_experts_are_experts_in_turn(workers):
+    """Every loss and count of the five steps, bit for bit; the norm sums their gradients in another order."""
+    in_turn = workers(1).run(trained, FP8)[0]
+    packed = workers(1).run(trained, [*FP8, *GROUPED])[0]
+    assert packed["counts"] == in_turn["counts"]
+    for row, one in zip(packed["rows"], in_turn["rows"], strict=True):
+        assert all(row[key] == one[key] for key in ("loss", "mtp_loss", "aux_loss"))
+        assert row["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
+
+
+def test_recomputing_norms_changes_no_bit(workers):
+    plain = workers(1).run(trained, [*FP8, "train.steps=2"])[0]
+    again = workers(1).run(trained, [*FP8, "train.steps=2", "plugins.v3_recompute={}"])[0]
+    assert [row["loss"] for row in again["rows"]] == [row["loss"] for row in plain["rows"]]
+    assert [row["grad_norm"] for row in again["rows"]] == [row["grad_norm"] for row in plain["rows"]]
+
+
+def sharded(seed, tensor, sequence_parallel):
+    """[up, down] and gradients of a column- and a row-parallel linear in turn, gathered; FP32 carriers."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from dsplugins.plugins.precision.fp8 import reference
+    from dsplugins.plugins.precision.fp8.provider import _bound
+    from dsplugins.testing import model_parallel
+
+    with model_parallel(tensor=tensor):
+        config = MLATransformerConfig(
+            num_layers=1, hidden_size=256, num_attention_heads=2, params_dtype=torch.float32,
+            tensor_model_parallel_size=tensor, sequence_parallel=sequence_parallel,
+            use_cpu_initialization=True,
+        )  # fmt: skip
+        column, row = _bound("report", reference.product)
+        common = {
+            "config": config,
+            "init_method": torch.nn.init.zeros_,
+            "bias": False,
+            "skip_bias_add": False,
+        }
+        up = column(256, 512, gather_output=False, tp_comm_buffer_name="fc1", **common)
+        down = row(512, 256, input_is_parallel=True, tp_comm_buffer_name="fc2", **common)
+        group, rank = parallel_state.get_tensor_model_parallel_group(), dist.get_rank()
+        rank = rank % tensor
+        generator = torch.Generator().manual_seed(seed)
+        first, second = (
+            torch.randn(*shape, generator=generator) * 0.05 for shape in ((512, 256), (256, 512))
+        )
+        x, dy = (torch.randn(64, 2, 256, generator=generator) for _ in range(2))
+        with torch.no_grad():
+            up.weight.copy_(first.chunk(tensor, 0)[rank])
+            down.weight.copy_(second.chunk(tensor, 1)[rank])
+        part = (lambda t: t.chunk(tensor, 0)[rank]) if sequence_parallel else (lambda t: t)
+        leaf = part(x).clone().requires_grad_()
+        y, _ = down(up(leaf)[0])
+        y.backward(part(dy))
+
+        def whole(value, dim):
+            if tensor == 1 or dim is None:
+                return value
+            parts = [torch.empty_like(value) for _ in range(tensor)]
+            dist.all_gather(parts, value.contiguous(), group=group)
+            return torch.cat(parts, dim)
+
+        rows = 0 if sequence_parallel else None
+        found = (y, rows), (leaf.grad, rows), (up.weight.grad, 0), (down.weight.grad, 1)
+        return [whole(value.detach(), dim).numpy() for value, dim in found]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_matrices_cut_at_whole_tiles_give_the_same_products(workers, sequence_parallel):
+    """Tensor parallel 2 cuts at multiples of 128: only FP32 sums are in another order, or a code flips."""
+    import report_fp8
+
+    one = workers(1).run(sharded, 0, 1, False)[0]
+    for found in workers(2).run(sharded, 0, 2, sequence_parallel):
+        for got, expected in zip(found, one, strict=True):
+            assert got.shape == expected.shape
+            assert report_fp8.difference(got, expected) < 1e-9
+
+
+def test_a_checkpoint_of_bf16_goes_on_in_fp8_and_back(workers, tmp_path):
+    from checkpoint.test_state import continued, saved
+
+    half = ["plugins.fp32=null", "plugins.bf16={}"]
+    for name, before, after in (("up", half, FP8), ("down", FP8, half)):
+        folder = str(tmp_path / name)
+        kept = workers(1).run(saved, folder, before, 2)[0]
+        on = workers(1).run(continued, folder, after, 2)[0]
+        assert on[0] == pytest.approx(kept[0], rel=5e-3) and on[0] != kept[0]
+
+
+def test_goes_on_bit_for_bit(workers, tmp_path):
+    from checkpoint.test_state import continued, saved
+
+    expected = workers(2).run(saved, str(tmp_path), [*FP8, "parallel.expert=2"], 2)
+    assert workers(2).run(continued, str(tmp_path), [*FP8, "parallel.expert=2"], 2) == expected
+
+
+def problems(*overrides):
+    from pathlib import Path
+
+    from dsplugins import settings
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+
+    recipe = Recipe.load(Path(__file__).parents[3] / "tiny.yaml", [*FP8, *overrides])
+    with pytest.raises(RecipeError) as told:
+        plugins, plan = prepare(recipe)
+        settings.settle(plan, plugins, recipe)
+    return [problem.message for problem in told.value.problems]
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("plugins.fp8_v3.backend=cutlass", "cutlass"),
+        ("plugins.bf16={}", "precision"),
+        ("model.fp8=e4m3", "model.fp8 has two writers: command line sets 'e4m3', plugin fp8_v3 sets None"),
+        ("model.activation_func_fp8_input_store=true", "would not reach fp8_v3's experts"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(single, override, said):
+    (message,) = problems(override)
+    assert said in message

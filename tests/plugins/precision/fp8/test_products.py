@@ -1,0 +1,181 @@
+"""The three products of a linear and of grouped experts, against float64 and against the report in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import report_fp8 as report
+import torch
+
+from dsplugins.plugins.precision.fp8 import products, reference
+from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
+from dsplugins.plugins.precision.fp8.linear import Fp8Product
+from dsplugins.plugins.precision.fp8.rule import Rule, rule_for
+from dsplugins.plugins.precision.fp8.tiles import ROW, SQUARE, dequantise, quantise
+
+SHAPES = [(64, 128, 256), (130, 200, 300), (1, 7, 5), (257, 128, 129)]
+
+
+def drawn(*shape, seed=0, magnitude=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * magnitude
+
+
+def exact(a, b):
+    return dequantise(a).double() @ dequantise(b).double().t()
+
+
+@pytest.mark.parametrize("tokens, inputs, outputs", SHAPES)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_each_product_is_exact_up_to_fp32_sums(tokens, inputs, outputs, power_of_two):
+    """Against float64 on what the operands hold: 1e-6 of the product of their norms."""
+    x, w, dy = drawn(tokens, inputs), drawn(outputs, inputs, seed=1), drawn(tokens, outputs, seed=2)
+    quantised = {
+        "output": (quantise(x, ROW, power_of_two), quantise(w, SQUARE, power_of_two)),
+        "input": (quantise(dy, ROW, power_of_two), quantise(w, SQUARE, power_of_two).t),
+        "weight": (quantise(dy.t(), ROW, power_of_two), quantise(x.t(), ROW, power_of_two)),
+    }
+    for name, (a, b) in quantised.items():
+        got = reference.product(a, b)
+        assert got.dtype == torch.float32
+        bound = 1e-6 * torch.outer(dequantise(a).norm(dim=1), dequantise(b).norm(dim=1)).double()
+        assert ((got - exact(a, b)).abs() <= bound + 1e-30).all(), name
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
+def test_each_product_is_close_to_bf16s(magnitude):
+    """O3: 1 - 2 <x, y> / (|x|^2 + |y|^2) below 1e-3."""
+    x = drawn(256, 512, magnitude=magnitude).bfloat16()
+    w = drawn(384, 512, seed=1, magnitude=0.02).bfloat16()
+    dy = drawn(256, 384, seed=2, magnitude=magnitude).bfloat16()
+    forward = products.output(reference.product, quantise(x, ROW), w, False)
+    assert report.difference(forward, (x @ w.t()).float()) < 1e-3
+    gradient = products.input_gradient(reference.product, quantise(dy, ROW), w, False)
+    assert report.difference(gradient, (dy @ w).float()) < 1e-3
+    weight = products.weight_gradient(reference.product, dy, x, False, False)
+    assert report.difference(weight, (dy.t() @ x).float()) < 1e-3
+
+
+@pytest.mark.parametrize("name, routed", [("fc1", False), ("proj", False), ("fc1", True), ("fc2", True)])
+@pytest.mark.parametrize("tokens, inputs, outputs", [(40, 130, 150), (129, 256, 128)])
+def test_a_linear_is_the_report_s_procedure(name, routed, tokens, inputs, outputs):
+    """Forward and backward in float32, against the readable version; the only room is FP32's sums."""
+    x, w, dy = drawn(tokens, inputs), drawn(outputs, inputs, seed=1), drawn(tokens, outputs, seed=2)
+    x.requires_grad_(), w.requires_grad_()
+    y = Fp8Product.apply(x, w, rule_for(name, routed, "report"), reference.product, None, None)
+    y.backward(dy)
+    expected = report.linear(
+        *(t.detach().numpy() for t in (x, w, dy)),
+        input_po2=name == "proj" or (name == "fc1" and routed),
+        gradient_po2=name == "fc2" and routed,
+        attention_output=name == "proj",
+    )
+    for got, want in zip((y, x.grad, w.grad), expected, strict=True):
+        np.testing.assert_allclose(
+            got.detach().double().numpy(), want, rtol=0, atol=2e-6 * np.abs(want).max()
+        )
+
+
+def test_the_rules_differ_where_they_are_said_to():
+    """Power-of-two scales at three places, E5M6 at one, MTP's `eh_proj` in BF16; V3.1: everywhere."""
+    powers = {
+        (name, routed): rule_for(name, routed, "report")
+        for name in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "qkv", "proj", "fc1", "fc2")
+        for routed in (False, True)
+        if routed <= name.startswith("fc")
+    }
+    assert {key for key, rule in powers.items() if rule.input} == {("proj", False), ("fc1", True)}
+    assert {key for key, rule in powers.items() if rule.gradient} == {("fc2", True)}
+    assert not any(rule.weight for rule in powers.values())
+    assert {key for key, rule in powers.items() if rule.keeps == "e5m6"} == {("proj", False)}
+    assert rule_for("mtp_eh_proj", False, "report") is None
+    assert rule_for("q_up_proj", False, "power_of_two") == Rule(input=True, gradient=True, weight=True)
+
+
+def test_gradients_have_digits_at_any_size():
+    """The mean over more tokens and micro-batches makes them smaller, and changes nothing else."""
+    w, x = drawn(128, 256), drawn(64, 256, seed=1)
+    results = []
+    for size in (1.0, 2.0**-60):
+        dy = drawn(64, 128, seed=2) * size
+        codes = products.gradient(dy, False)
+        results.append(products.input_gradient(reference.product, codes, w, False) / size)
+        results.append(products.weight_gradient(reference.product, dy, x, False, False) / size)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
+SPLITS = [40, 0, 130, 1]
+
+
+def test_grouped_experts_are_one_linear_each():
+    """Ragged runs of tokens, one of them empty; bit for bit."""
+    rule = rule_for("fc1", True, "report")
+    x, w, dy = drawn(sum(SPLITS), 130), drawn(4, 150, 130, seed=1), drawn(sum(SPLITS), 150, seed=2)
+    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = ExpertsUp.apply(a, b, SPLITS, rule, reference.product)
+    y.backward(dy)
+    start = 0
+    for expert, count in enumerate(SPLITS):
+        rows = slice(start, start := start + count)
+        one, weight = x[rows].clone().requires_grad_(), w[expert].clone().requires_grad_()
+        alone = Fp8Product.apply(one, weight, rule, reference.product, None, None)
+        alone.backward(dy[rows])
+        assert torch.equal(y[rows], alone) and torch.equal(a.grad[rows], one.grad)
+        assert torch.equal(b.grad[expert], weight.grad)
+
+
+def test_the_experts_down_projection_is_the_reports():
+    """SwiGLU's input is kept in E4M3 and its output made again from that; the rest as any linear."""
+    rule = rule_for("fc2", True, "report")
+    inner, probs = drawn(60, 260), torch.rand(60, generator=torch.Generator().manual_seed(3))
+    w, dy = drawn(128, 130, seed=1), drawn(60, 128, seed=2)
+    leaves = [t.clone().requires_grad_() for t in (inner, probs, w)]
+    SwigluDown.apply(*leaves, [60], rule, reference.product).backward(dy)
+
+    kept = report.coded(inner.numpy(), 1, 128)
+    # The weight gradient's other operand is the activation itself, made again: never through a row of codes.
+    again = report.swiglu(kept, probs.numpy())
+    dw = report.coded(dy.numpy().T, 1, 128, True) @ report.coded(again.T, 1, 128).T
+    dactive = report.coded(dy.numpy(), 1, 128, True) @ report.coded(w.numpy(), 128, 128)
+    through = torch.tensor(kept, requires_grad=True)
+    scale = probs.double().requires_grad_()
+    gate, up = through.chunk(2, dim=-1)
+    (torch.nn.functional.silu(gate) * up * scale[:, None]).backward(torch.tensor(dactive))
+    for got, want in zip(leaves, (through.grad, scale.grad, torch.tensor(dw)), strict=True):
+        difference = (got.grad.double() - want).abs().max()
+        assert difference <= 1e-5 * want.abs().max()
+
+
+def test_weight_gradients_are_summed_unrounded():
+    """Two micro-batches into `main_grad`: FP32 sums that BF16 can't hold, and autograd's own is ignored."""
+    weight = torch.nn.Parameter(drawn(64, 128, seed=1).bfloat16())
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(64, 128), False
+    sums = torch.zeros(64, 128)
+    for seed in (5, 6):
+        x = drawn(32, 128, seed=seed).bfloat16().requires_grad_()
+        dy = drawn(32, 64, seed=seed + 10).bfloat16()
+        Fp8Product.apply(x, weight, Rule(), reference.product, None, None).backward(dy)
+        seen = dequantise(quantise(x.detach(), ROW))
+        sums += products.weight_gradient(reference.product, dy, seen, False, False)
+    assert weight.grad_added_to_main_grad
+    assert torch.equal(weight.main_grad, sums)
+    assert not torch.equal(sums, sums.bfloat16().float())
+
+
+def test_square_tiles_for_gradients_hurt_where_outliers_follow_tokens():
+    """The report's negative result (appendix B.2): 128 x 128 for the gradient's tiles diverged.
+
+    E4M3 spans 2^18: tokens whose gradients are 2^16 times larger push the others of their square tile below
+    its smallest normal number. With a scale for each token nobody notices.
+    """
+    dy, w = drawn(512, 256), drawn(256, 512, seed=1, magnitude=0.05)
+    dy[::64] *= 2.0**16
+    ordinary = torch.ones(512, dtype=torch.bool)
+    ordinary[::64] = False
+    true = dy.double() @ w.double()
+
+    def error(tile):
+        got = products.input_gradient(reference.product, quantise(dy, tile), w, False)
+        return ((got - true)[ordinary].norm() / true[ordinary].norm()).item()
+
+    by_row, by_square = error(ROW), error(SQUARE)
+    assert by_row < 0.05 and by_square > 5 * by_row
