@@ -233,7 +233,7 @@ def wrap(chunks: list[torch.nn.Module], settings: Settings) -> list[torch.nn.Mod
 def build(plan: Plan, settings: Settings, plugins: Plugins, device: torch.device) -> list[torch.nn.Module]:
     """Built, initialised, on their device, wrapped: what the loop trains."""
     chunks = [chunk.to(device) for chunk in build_chunks(plan, settings, plugins)]
-    weights.initialise(chunks, plan.train.seed, settings.model.init_method_std)
+    weights.initialise(chunks, plan.train.seed, settings.model.init_method_std, plan.train.twin)
     return wrap(chunks, settings)
 
 

@@ -35,6 +35,9 @@ class Train:
     """Stop after so many tokens (this or `steps`)."""
     seed: int = 1234
     """Of weights and data order."""
+    twin: bool = False
+    """Start one unit in the last place of each weight away, with the same seed and data. How far the losses
+    of a run and its twin drift apart is the floor below which no comparison finds anything."""
     log_every: int = 10
     """Steps between two printed lines; `metrics.jsonl` has every step."""
     not_finite: Literal["stop", "skip"] = "stop"

@@ -29,8 +29,12 @@ BLOCK = 1 << 16
 """Elements computed at once: temporaries (8 bytes each) stay within a core's cache."""
 
 
-def initialise(chunks: Sequence[torch.nn.Module], seed: int, std: float) -> dict[str, int]:
+def initialise(
+    chunks: Sequence[torch.nn.Module], seed: int, std: float, twin: bool = False
+) -> dict[str, int]:
     """Fill the parameters of this rank's model chunks with N(0, std); return elements by global name.
+
+    A twin has each of these numbers one unit in the last place of its type away, up or down.
 
     Parameters of one dimension (norm gains, biases) stay as built, and so do those with a true
     attribute `ds_keep_init`. The model must not be wrapped in DDP yet: the optimizer's master
@@ -44,7 +48,7 @@ def initialise(chunks: Sequence[torch.nn.Module], seed: int, std: float) -> dict
         ledger = _Ledger(chunk)
         for shard in shards(chunk):
             if ledger.claims(shard):
-                fill(shard, seed, std)
+                fill(shard, seed, std, twin)
                 filled[shard.key] = filled.get(shard.key, 0) + shard.data.numel()
         ledger.check()
     return filled
@@ -63,23 +67,29 @@ def shards(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
 
 
 @torch.no_grad()
-def fill(shard: ShardedTensor, seed: int, std: float) -> None:
-    """Write N(0, std) into `shard.data` in place: FP32 values, cast to the tensor's type."""
+def fill(shard: ShardedTensor, seed: int, std: float, twin: bool = False) -> None:
+    """Write N(0, std) into `shard.data` in place: FP32 values, cast to the tensor's type, or their twins."""
     data = shard.data.detach()
     target = data if data.is_contiguous() else torch.empty_like(data, memory_format=torch.contiguous_format)
     local = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
     strides = [math.prod(shard.global_shape[axis + 1 :]) for axis in range(len(local))]
     start = sum(offset * stride for offset, stride in zip(shard.global_offset, strides, strict=True))
-    key = name_key(seed, shard.key)
+    key, sides = name_key(seed, shard.key), name_key(seed, f"twin of {shard.key}")
     view = target.view(-1, data.shape[-1])
     columns = torch.arange(data.shape[-1], device=data.device)
     rows = _row_starts(local[:-1], strides[:-1], start, data.device)
     step = max(1, BLOCK // max(1, len(columns)))
     for first in range(0, len(rows), step):
         position = rows[first : first + step, None] + columns
-        view[first : first + step] = (normal(key, position) * std).float()
+        drawn = (normal(key, position) * std).float().to(data.dtype)
+        view[first : first + step] = _neighbour(drawn, _mix(sides, position)) if twin else drawn
     if target is not data:
         data.copy_(target)
+
+
+def _neighbour(values: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """The next number of the same type, below where `sides` (int64) is negative, else above."""
+    return torch.nextafter(values, torch.where(sides < 0, -torch.inf, torch.inf).to(values))
 
 
 def _row_starts(

@@ -100,7 +100,7 @@ def assemble(rows):
     return whole
 
 
-def initialised(layout, **options):
+def initialised(layout, twin=False, **options):
     """A job: build, initialise, give back the shards."""
     from dsplugins.testing import model_parallel
     from dsplugins.weights import initialise
@@ -108,7 +108,7 @@ def initialised(layout, **options):
     sizes = {k: v for k, v in layout.items() if k != "virtual"}
     with model_parallel(virtual_pipeline=layout.get("virtual"), **sizes):
         chunks = model(**layout, **options)
-        initialise(chunks, SEED, STD)
+        initialise(chunks, SEED, STD, twin)
         return held(chunks)
 
 
@@ -150,6 +150,33 @@ def test_bf16_is_the_rounded_fp32(one, workers):
     whole = assemble([row for rank in workers(2).run(initialised, {}, dtype=torch.bfloat16) for row in rank])
     for key in one:
         assert torch.equal(whole[key], one[key].bfloat16().float()), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_twin_is_one_unit_away_everywhere(single, dtype):
+    from dsplugins.weights import initialise
+
+    one, other = model(dtype=dtype), model(dtype=dtype)
+    initialise(one, SEED, STD)
+    initialise(other, SEED, STD, twin=True)
+    ups = count = 0
+    for (name, a), b in zip(one[0].named_parameters(), other[0].parameters(), strict=True):
+        if a.dim() == 1:
+            assert torch.equal(a, b), name
+            continue
+        up, down = (torch.nextafter(a, torch.full_like(a, side)) for side in (torch.inf, -torch.inf))
+        assert ((b == up) | (b == down)).all(), name
+        ups, count = ups + (b == up).sum().item(), count + a.numel()
+    assert abs(ups / count - 0.5) < 0.01
+
+
+def test_a_twin_is_the_same_in_every_layout(workers):
+    whole = [
+        assemble([row for rank in workers(2).run(initialised, layout, twin=True) for row in rank])
+        for layout in ({}, {"tensor": 2})
+    ]
+    assert whole[0].keys() == whole[1].keys()
+    assert all(torch.equal(whole[0][key], whole[1][key]) for key in whole[0])
 
 
 def test_distribution_and_what_stays(one):
