@@ -20,4 +20,5 @@ run ruff check .
 run ruff format --check .
 run mypy
 run lint-imports
-run python -m pytest -rs "$@"
+# One process a core. A file's tests stay together: they share runs and worker processes.
+run python -m pytest -rs -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent
+
 pytest_plugins = ["dsplugins.testing"]
+LONGEST = (
+    "experiments/test_balance.py",
+    "test_resume.py",
+    "launch/test_slurm.py",
+    "test_layouts.py",
+    "checkpoint/test_state.py",
+    "docs/test_blocks.py",
+    "plugins/dispatcher/test_flex.py",
+    "docs/test_writing.py",
+    "recipes/test_every_key.py",
+    "test_bench.py",
+    "test_ranks.py",
+)
+"""Files that come first, the longest before the others: no process is left with one of them at the end."""
 
 
 def pytest_configure(config):
@@ -17,7 +34,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip, by name, what needs a GPU where none is to be seen."""
+    """Put the longest files first. Skip, by name, what needs a GPU where none is to be seen."""
+    first = {ROOT / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
