@@ -75,6 +75,8 @@ def build(
     no JSON, has no text, is empty or not UTF-8 is told with file and line; then the command fails at the
     end and writes nothing, unless told to skip it. The result does not depend on the number of workers.
     """
+    from concurrent.futures.process import BrokenProcessPool
+
     from dsplugins.contracts import EnvironmentUnfit
     from dsplugins.corpora.build import BuildRefused, Wanted
     from dsplugins.corpora.build import build as make
@@ -91,7 +93,11 @@ def build(
     except BuildRefused as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
-        raise EnvironmentUnfit(f"{error.filename or out} can't be written: {error.strerror}") from error
+        raise EnvironmentUnfit(f"{error.filename or out}: {error.strerror or error}") from error
+    except BrokenProcessPool as error:
+        raise EnvironmentUnfit(
+            "one of the processes was killed (out of memory?), and nothing was written: take fewer --workers"
+        ) from error
     click.echo(_told(out, made))
 
 

@@ -2,7 +2,8 @@
 
 megatron-core's own builder writes the first two. `.bytes.npy`, int64 [documents], holds the bytes of each
 document's text, so that a loss can be told in bits a byte on any part of a corpus. Files are written under
-temporary names and renamed at the end, the sidecar last. The result does not depend on the number of workers.
+temporary names and renamed at the end, the index and the sidecar last. The result does not depend on the
+number of workers.
 """
 
 from __future__ import annotations
@@ -229,19 +230,30 @@ def _partial(out: Path) -> Iterator[dict[str, Path]]:
     try:
         yield paths
     finally:
-        for path in paths.values():
+        for path in (*paths.values(), _partial_sidecar(out)):
             path.unlink(missing_ok=True)
 
 
+def _partial_sidecar(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json.partial")
+
+
 def _put(out: Path, paths: dict[str, Path], made: Sidecar) -> None:
-    """Take away an old sidecar first: what it says must never stand beside new files."""
-    final = sidecar.place(out)
-    final.unlink(missing_ok=True)
-    for part, path in _places(out).items():
-        os.replace(paths[part], path)
-    partial = final.with_name(final.name + ".partial")
+    """Old sidecar and index go first: they must never stand beside new files, and nothing opens without."""
+    final, partial, places = sidecar.place(out), _partial_sidecar(out), _places(out)
     partial.write_text(made.text())
+    for path in (*paths.values(), partial):
+        _on_disk(path)
+    final.unlink(missing_ok=True)
+    places["idx"].unlink(missing_ok=True)
+    for part in ("bin", "bytes.npy", "idx"):
+        os.replace(paths[part], places[part])
     os.replace(partial, final)
+
+
+def _on_disk(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 __all__ = ["BuildRefused", "Progress", "Wanted", "build"]

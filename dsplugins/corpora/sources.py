@@ -6,7 +6,7 @@ import fnmatch
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LINES = (".jsonl", ".ndjson")
@@ -22,7 +22,10 @@ class File:
 
     path: Path
     name: str
-    """Below the folder that was given, with `/`, or the file's own: what documents are named after."""
+    """Below the folder that was given, with `/`, or the file's own: what documents are named after.
+
+    Another input's file of the same name is `NAME#2`, the next `NAME#3`.
+    """
     size: int
 
     @property
@@ -60,7 +63,15 @@ def find(inputs: Sequence[Path], patterns: Sequence[str]) -> list[File]:
     packed = next((file.path for file in files if file.path.suffix in PACKED), None)
     if packed:
         raise ValueError(f"{packed} is packed: unpack it first, inputs are JSONL or plain text")
-    return files
+    return list(_told_apart(files))
+
+
+def _told_apart(files: Sequence[File]) -> Iterator[File]:
+    """Equal names would be drawn alike: both documents in fill-in-middle form or neither, cut alike."""
+    seen: Counter[str] = Counter()
+    for file in files:
+        seen[file.name] += 1
+        yield replace(file, name=f"{file.name}#{seen[file.name]}") if seen[file.name] > 1 else file
 
 
 def _below(folder: Path, patterns: Sequence[str]) -> Iterator[File]:

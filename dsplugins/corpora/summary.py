@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsplugins.corpora import sidecar
+from dsplugins.corpora.reading import opened
 from dsplugins.corpora.sidecar import Sidecar
 from dsplugins.corpora.tokenizer import TokenizerFile
 
@@ -35,10 +36,11 @@ class Summary:
 
 
 def look(prefix: Path, samples: int, tokenizer: TokenizerFile | None) -> Summary:
-    """Read the index, and `samples` documents that lie evenly spread. Without a tokenizer none is decoded."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    """Read the index, and `samples` documents that lie evenly spread. Without a tokenizer none is decoded.
 
-    corpus = IndexedDataset(str(prefix))
+    Raises EnvironmentUnfit for files that can't be read.
+    """
+    corpus = opened(prefix)
     lengths = corpus.sequence_lengths
     described = sidecar.read(prefix)
     begin = described.mark_ids.get("fim_begin") if described else None

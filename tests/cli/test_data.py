@@ -1,11 +1,14 @@
 """`dsplugins data`: what is typed, what is told, and the exit codes."""
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from click.testing import CliRunner
 
 from dsplugins.cli.data import command
+from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.corpora import build
 from dsplugins.corpora.tokenizer import V3_MARKS
 
 BAD = '{"text": "good"}\nnot json\n'
@@ -70,8 +73,6 @@ def test_show_says_what_it_lacks(corpus, bpe, tmp_path):
 
 @pytest.mark.parametrize("broken", ["write", "read"])
 def test_what_the_disk_refuses_is_the_machines_fault(bpe, core, tmp_path, broken):
-    from dsplugins.contracts import EnvironmentUnfit
-
     (tmp_path / "in.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "file").write_text("no folder")
     out = tmp_path / "file" / "c" if broken == "write" else tmp_path / "c"
@@ -79,6 +80,45 @@ def test_what_the_disk_refuses_is_the_machines_fault(bpe, core, tmp_path, broken
     line = ("build", tmp_path / "in.jsonl", "--tokenizer", tokenizer, "--out", out, "--workers", 1)
     done = CliRunner().invoke(command, [str(argument) for argument in line])
     if broken == "write":
-        assert isinstance(done.exception, EnvironmentUnfit) and "can't be written" in str(done.exception)
+        assert isinstance(done.exception, EnvironmentUnfit)
+        assert str(done.exception) == f"{out}.json: Not a directory"
     else:
         assert done.exit_code == 2 and "is not a tokenizer.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (PermissionError(13, "Permission denied", "in.jsonl"), "in.jsonl: Permission denied"),
+        (
+            BrokenProcessPool("a process ended"),
+            "one of the processes was killed (out of memory?), and nothing",
+        ),
+    ],
+)
+def test_what_a_build_ends_with_is_one_line(bpe, tmp_path, monkeypatch, fault, said):
+    def fails(*_):
+        raise fault
+
+    monkeypatch.setattr(build, "build", fails)
+    (tmp_path / "in.jsonl").write_text('{"text": "x"}\n')
+    line = ["build", tmp_path / "in.jsonl", "--tokenizer", bpe.path, "--out", tmp_path / "c"]
+    done = CliRunner().invoke(command, list(map(str, line)))
+    assert isinstance(done.exception, EnvironmentUnfit) and str(done.exception).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("end", "size", "said"),
+    [
+        ("idx", 20, "c is not in megatron-core's format: "),
+        ("idx", 0, "c is not in megatron-core's format: "),
+        ("bin", 4, "c.bin has 4 bytes, and {whole} by its index: copy both again"),
+    ],
+)
+def test_files_that_are_cut_off_are_told(corpus, end, size, said):
+    prefix = corpus("c", ["one two three"], fim_rate=0.0)
+    said = said.format(whole=prefix.with_name("c.bin").stat().st_size)
+    with prefix.with_name(f"c.{end}").open("r+b") as file:
+        file.truncate(size)
+    done = CliRunner().invoke(command, ["show", str(prefix)])
+    assert isinstance(done.exception, EnvironmentUnfit) and said in str(done.exception)

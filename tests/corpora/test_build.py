@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from dsplugins.corpora import sidecar
 from dsplugins.corpora.build import BuildRefused, Wanted, build
+from dsplugins.corpora.reading import opened
 from dsplugins.corpora.sources import PIECE
 from dsplugins.corpora.tokenizer import V3_MARKS, TokenizerFile
 
@@ -141,6 +143,25 @@ def test_an_interrupted_build_leaves_what_was_there(corpus, bpe, error):
     with pytest.raises((KeyboardInterrupt, OSError)):
         build(Wanted((prefix.parent / "c.jsonl",), bpe, prefix, overwrite=True), 1, nothing, interrupt)
     assert files(prefix.parent) == before
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_a_kill_while_files_are_put_in_place_leaves_nothing_that_opens(corpus, monkeypatch, steps):
+    """Old and new files never stand together as one corpus."""
+    prefix = corpus("c", ["one", "two"], fim_rate=0.0)
+    put, left = os.replace, iter(range(steps))
+
+    def cut_off(*names):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        put(*names)
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        corpus("c", ["other text", "and", "more"], fim_rate=0.0, overwrite=True)
+    assert sidecar.read(prefix) is None and not list(prefix.parent.glob("*.partial"))
+    if prefix.with_name("c.idx").exists():
+        assert steps == 3 and len(opened(prefix)) == 3  # all but the sidecar is there: the new corpus, whole
 
 
 def test_what_is_there_is_replaced_only_when_asked(corpus, bpe):

@@ -30,6 +30,16 @@ def test_a_file_is_not_read_twice(tmp_path):
         find([tmp_path, tmp_path / "a.txt"], ["*.txt"])
 
 
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "part.jsonl").write_text("x\n")
+        (tmp_path / folder / f"{folder}.txt").write_text("x\n")
+    given = [tmp_path / "a", tmp_path / "b" / "part.jsonl", tmp_path / "c"]
+    found = find(given, ["*.jsonl", "*.txt"])
+    assert names(found) == ["a.txt", "part.jsonl", "part.jsonl#2", "c.txt", "part.jsonl#3"]
+
+
 @pytest.mark.parametrize("size", [1, 10, 100, 10**6])
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_pieces_are_whole_lines_and_together_the_file(tmp_path, size, end):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.corpora import sidecar
+from dsplugins.corpora.reading import opened
 from dsplugins.corpora.sidecar import Sidecar, SidecarFault
 from dsplugins.corpora.tokenizer import V3_MARKS, TokenizerFile
 
@@ -54,12 +55,7 @@ class Corpus:
     @cached_property
     def files(self) -> IndexedDataset:
         """megatron-core's own. Raises EnvironmentUnfit for files of another format."""
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        try:
-            return IndexedDataset(str(self.prefix))
-        except (AssertionError, ValueError) as error:
-            raise EnvironmentUnfit(f"{self.prefix} is not in megatron-core's format: {error}") from error
+        return opened(self.prefix)
 
     @cached_property
     def vocab_size(self) -> int:

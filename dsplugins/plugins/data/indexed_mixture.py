@@ -13,13 +13,15 @@ PERIOD = 1 << 20
 
 
 class Mixture:
-    """An endless sequence of (corpus, its n-th sample). A place in it doesn't depend on a run's length.
+    """An endless sequence of (corpus, its n-th sample), or an empty one of no corpora.
+
+    A place in it doesn't depend on a run's length.
 
     Core's `build_blending_indices` takes from the corpus that lies furthest behind its share.
     """
 
     def __init__(self, weights: Sequence[float], period: int = PERIOD) -> None:
-        size = period if len(weights) > 1 else 1
+        size = period if len(weights) > 1 else len(weights)
         self.corpus, self.nth = blend(weights, size)
         self._each = np.bincount(self.corpus, minlength=len(weights))
         """Samples of each corpus in a period."""
@@ -32,7 +34,7 @@ class Mixture:
 
     def taken(self, total: int) -> NDArray[np.int64]:
         """Samples of each corpus among the first `total`."""
-        periods, rest = divmod(total, len(self.corpus))
+        periods, rest = divmod(total, max(1, len(self.corpus)))
         return periods * self._each + np.bincount(self.corpus[:rest], minlength=len(self._each))
 
     def until(self, samples: Sequence[int]) -> int:
@@ -48,7 +50,7 @@ def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArr
     from megatron.core.datasets.utils import normalize
 
     corpus, nth = np.zeros(size, np.int16), np.zeros(size, np.int64)
-    if size:
+    if size:  # core's code writes to the first corpus even where there is none
         helpers.build_blending_indices(corpus, nth, normalize(list(weights)), len(weights), size, False)
     return corpus, nth
 

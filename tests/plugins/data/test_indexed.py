@@ -433,3 +433,9 @@ def test_two_ranks_train_on_it(web, code, tmp_path):
     assert "step 2  tokens 256" in done.stdout and "what stood there:" in done.stdout
     losses = [json.loads(row)["loss"] for row in (tmp_path / "run" / "metrics.jsonl").open()]
     assert all(5.5 < loss < 7 for loss in losses), "ln 512 is 6.24"
+
+
+def test_a_run_may_hold_nothing_out(web, planned):
+    data = plugin(web, split=None).ds_data(planned(sequences=0))
+    assert data.validation_size == 0 and data.facts["train_documents"] == 40
+    assert data.baselines() == {} and data.prompt() is None
