@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsplugins.cli.communication import communication
-from dsplugins.cli.experiment_runs import folder, train_all
+from dsplugins.cli.experiment_runs import folder, needs_matplotlib, train_all
+from dsplugins.cli.fp8 import fp8
 from dsplugins.cli.gpu import gpu
 from dsplugins.cli.memory import memory
 
@@ -25,6 +25,7 @@ def command() -> None:
 
 
 command.add_command(communication)
+command.add_command(fp8)
 command.add_command(gpu)
 command.add_command(memory)
 
@@ -69,7 +70,7 @@ def balance(
     from dsplugins.experiments import balance as experiment
     from dsplugins.experiments.balance_plot import draw
 
-    _needs_matplotlib()
+    needs_matplotlib()
     with folder(kept, "balance") as where:
         measured = _measured(steps, seeds, jobs, overrides, where)
     found = experiment.results(measured, steps, overrides)
@@ -78,15 +79,6 @@ def balance(
     draw(measured, out / "balance.png")
     click.echo(path.read_text() if as_json else _page(found, path), nl=not as_json)
     raise SystemExit(0 if found["holds"] else 1)
-
-
-def _needs_matplotlib() -> None:
-    from dsplugins.contracts import EnvironmentUnfit
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise EnvironmentUnfit(
-            "the picture needs matplotlib, which is not installed: pip install 'dsplugins[plot]'"
-        )
 
 
 def _measured(steps: int, seeds: int, jobs: int, overrides: Sequence[str], where: Path) -> list[Measured]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,16 @@ def folder(kept: Path | None, name: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix=f"dsplugins-{name}-") as temporary:
         yield Path(temporary)
+
+
+def needs_matplotlib() -> None:
+    """Raise EnvironmentUnfit before anything is trained for a picture that can't be drawn."""
+    from dsplugins.contracts import EnvironmentUnfit
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EnvironmentUnfit(
+            "the picture needs matplotlib, which is not installed: pip install 'dsplugins[plot]'"
+        )
 
 
 def train_all(runs: Sequence[Run], where: Path, jobs: int) -> None:

@@ -22,6 +22,12 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     "half the micro-batch": ("train.micro_batch=2",),
     "up-projection recomputed": ("plugins.v3_recompute.norms=false",),
     "up-projection and norms recomputed": ("plugins.v3_recompute={}",),
+    "FP8": ("plugins.bf16=null", "plugins.fp8_v3={}"),
+    "FP8, up-projection and norms recomputed": (
+        "plugins.bf16=null",
+        "plugins.fp8_v3={}",
+        "plugins.v3_recompute={}",
+    ),
 }
 """Way -> what it overrides in the recipe, after COMMON."""
 

@@ -8,6 +8,7 @@ from oracles.tiny_moe import groups, moe_config, noise
 from dsplugins.plugins.dispatcher.allgather import AllGather
 from dsplugins.plugins.dispatcher.alltoall import AllToAll
 from dsplugins.plugins.dispatcher.deepep import DeepEP, DeepEPOptions
+from dsplugins.plugins.dispatcher.fp8_alltoall import Fp8AllToAll
 from dsplugins.plugins.dispatcher.hybridep import HybridEP, HybridEPOptions
 from dsplugins.plugins.dispatcher.nccl_ep import NcclEP, NcclEPOptions
 from dsplugins.plugins.experts.grouped import Grouped
@@ -16,6 +17,8 @@ from dsplugins.plugins.experts.sequential import Sequential
 T, H, E, K = 10, 64, 16, 4
 CASES = ["spread", "all to the first rank"]
 DISPATCHERS = {"alltoall": AllToAll(), "allgather": AllGather()}
+ROUNDING = {"fp8_alltoall": Fp8AllToAll()}
+"""What arrives is not what was sent: see test_fp8_alltoall."""
 FLEX = {
     "deepep": DeepEP(DeepEPOptions()),
     "hybridep": HybridEP(HybridEPOptions()),
@@ -61,7 +64,7 @@ def through(dispatcher: str, experts: str, expert: int, case: str, expert_tensor
 
     sizes = {"expert_model_parallel_size": expert, "expert_tensor_parallel_size": expert_tensor}
     with model_parallel(expert=expert, expert_tensor=expert_tensor, tensor=expert_tensor):
-        owner = (DISPATCHERS | FLEX)[dispatcher]
+        owner = (DISPATCHERS | ROUNDING | FLEX)[dispatcher]
         fields = {key.removeprefix("model."): value for key, value in owner.ds_settings(None).items()}
         config = moe_config(**sizes, tensor_model_parallel_size=expert_tensor, **fields)
         rank = torch.distributed.get_rank()
@@ -86,14 +89,15 @@ def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([rank[name] for rank in ranks]) for name in ("output", "tokens", "probs")}
 
 
-def expected(case: str) -> dict[str, torch.Tensor]:
-    """The sum over chosen experts, expert by expert, without any dispatcher."""
+def expected(case: str, sent=lambda x: x) -> dict[str, torch.Tensor]:
+    """The sum over chosen experts, expert by expert, without any dispatcher; `sent` is what arrives of tokens
+    and of gradients of outputs."""
     tokens, probs, routing_map = routed(case)
-    tokens, probs = tokens.requires_grad_(), probs.requires_grad_()
+    tokens, probs = sent(tokens).requires_grad_(), probs.requires_grad_()
     output = torch.zeros(2 * T, 1, H)
     for e in range(E):
         w1, w2 = noise(64, H, seed=100 + e) * 0.2, noise(H, 32, seed=200 + e) * 0.2
         gate, up = (tokens @ w1.T).chunk(2, -1)
         output = output + (probs[:, e, None, None] * torch.nn.functional.silu(gate) * up) @ w2.T
-    (output * noise(2 * T, 1, H, seed=5)).sum().backward()
+    (output * sent(noise(2 * T, 1, H, seed=5))).sum().backward()
     return {"output": output.detach(), "tokens": tokens.grad, "probs": probs.grad * routing_map}

@@ -25,6 +25,10 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         """Whether chunks arrive in the order in which they are wanted: from this rank, expert by expert."""
         return self.ep_size * self.tp_size == 1
 
+    def dispatched_bytes(self, width: int) -> int:
+        """Bytes of one token on its way to an expert, where a number has `width` of them."""
+        return int(self.config.hidden_size) * width
+
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:

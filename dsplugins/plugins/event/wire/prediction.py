@@ -192,14 +192,22 @@ def _experts(rank: Rank) -> Iterator[Payload]:
         told = config.moe_expert_capacity_factor is None and not config.moe_router_padding_for_quantization
         if layout.expert > 1 and told:
             # There and back, forward and backward; the probabilities go along on the way there.
-            copies = tokens * config.moe_router_topk
-            yield Key("all_to_all", "expert"), rank.expert_layers * copies * (4 * hidden + 2 * probability)
+            copies, dispatched = tokens * config.moe_router_topk, _dispatched(rank, hidden)
+            each = 2 * (dispatched + hidden + probability)
+            yield Key("all_to_all", "expert"), rank.expert_layers * copies * each
     elif config.moe_token_dispatcher_type == "allgather":
         summed = config.hidden_size * probability  # outputs are summed in the probabilities' format
         gathered = experts * (1 + probability) + hidden + summed
         scattered = experts * probability + hidden + summed
         yield Key("all_gather", both), rank.expert_layers * ranks * tokens * gathered
         yield Key("reduce_scatter", both), rank.expert_layers * ranks * tokens * scattered
+
+
+def _dispatched(rank: Rank, hidden: int) -> int:
+    """Bytes of a token on its way to an expert: its dispatcher may have a format of its own."""
+    experts = next(layer.mlp for layer in rank.layers if hasattr(layer.mlp, "router"))
+    own = getattr(experts.token_dispatcher, "dispatched_bytes", None)
+    return hidden if own is None else int(own(rank.width))
 
 
 def _pipeline(rank: Rank) -> Iterator[Payload]:

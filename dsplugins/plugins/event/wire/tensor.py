@@ -84,6 +84,7 @@ def _known(rank: Rank) -> bool:
     """Whether all of the traffic in the tensor group is what this module has formulas for."""
     slots = rank.plan.slots
     local = slots.get("attention") == "mla" and slots.get("backend") == "torch_local"
+    local = local and slots.get("precision") in ("bf16", "fp32")  # others may have linears of their own
     whole = "recompute" not in slots and rank.layout.expert_tensor == 1
     return rank.layout.tensor > 1 and local and whole and bool(rank.config.q_lora_rank)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsplugins.plugins.precision.fp8.tiles import ROW, amax, scale_of, spread
+from dsplugins.numerics.tiles import ROW, amax, scale_of, spread
 
 E5M6_MAX = 65024.0
 SMALLEST_NORMAL = 2.0**-14

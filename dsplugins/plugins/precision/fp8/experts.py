@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from dsplugins.numerics.tiles import ROW, Quantised, dequantise, quantise
 from dsplugins.plugins.precision.fp8 import products, swiglu
 from dsplugins.plugins.precision.fp8.rule import Rule
-from dsplugins.plugins.precision.fp8.tiles import ROW, Quantised, dequantise, quantise
 
 
 class ExpertsUp(torch.autograd.Function):

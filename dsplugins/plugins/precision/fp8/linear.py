@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from dsplugins.numerics.tiles import ROW, Quantised, dequantise, quantise
 from dsplugins.plugins.precision.fp8 import e5m6, products
 from dsplugins.plugins.precision.fp8.experts import SwigluDown
 from dsplugins.plugins.precision.fp8.rule import Rule, Scales, rule_for
 from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
-from dsplugins.plugins.precision.fp8.tiles import ROW, Quantised, dequantise, quantise
 
 
 class Fp8Product(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dsplugins.plugins.precision.fp8.tiles import ROW, SMALLEST_GRADIENT, SQUARE, Quantised, quantise
+from dsplugins.numerics.tiles import ROW, SMALLEST_GRADIENT, SQUARE, Quantised, quantise
 
 Product = Callable[[Quantised, Quantised], torch.Tensor]
 """a [M, K] times b [N, K] transposed, FP32 [M, N]; see `reference.product`."""

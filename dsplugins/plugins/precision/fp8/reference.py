@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dsplugins.plugins.precision.fp8.tiles import TILE, Quantised
+from dsplugins.numerics.tiles import TILE, Quantised
 
 
 def product(a: Quantised, b: Quantised) -> torch.Tensor:

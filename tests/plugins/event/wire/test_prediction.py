@@ -17,6 +17,7 @@ CASES: dict[str, list[str]] = {
     ],
     "ep2, no zero": ["parallel.expert=2", "plugins.adamw.zero=false"],
     "ep2": ["parallel.expert=2"],
+    "ep2, in fp8": ["parallel.expert=2", "plugins.alltoall=null", "plugins.fp8_alltoall={}"],
     "ep2, allgather": ["parallel.expert=2", "plugins.alltoall=null", "plugins.allgather={}"],
     "tp2": ["parallel.tensor=2", "plugins.aux_free.sequence_loss=0.0"],
     "tp2, ep2": ["parallel.tensor=2", "parallel.expert=2", "plugins.aux_free.sequence_loss=0.0"],
@@ -71,7 +72,7 @@ def test_prediction_is_measurement(workers, case):
         assert told == counted > 0, key
 
 
-SLOTS = {"attention": "mla", "backend": "torch_local"}
+SLOTS = {"attention": "mla", "backend": "torch_local", "precision": "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,7 @@ SLOTS = {"attention": "mla", "backend": "torch_local"}
     [
         (SLOTS | {"attention": "gqa"}, {}),
         (SLOTS | {"backend": "te"}, {}),
+        (SLOTS | {"precision": "fp8_v3"}, {}),
         (SLOTS | {"recompute": "v3_recompute"}, {}),
         (SLOTS, {"expert_tensor": 2}),
     ],

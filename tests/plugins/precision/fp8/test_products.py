@@ -7,11 +7,11 @@ import pytest
 import report_fp8 as report
 import torch
 
+from dsplugins.numerics.tiles import ROW, SQUARE, dequantise, quantise
 from dsplugins.plugins.precision.fp8 import products, reference
 from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
 from dsplugins.plugins.precision.fp8.linear import Fp8Product
 from dsplugins.plugins.precision.fp8.rule import Rule, rule_for
-from dsplugins.plugins.precision.fp8.tiles import ROW, SQUARE, dequantise, quantise
 
 SHAPES = [(64, 128, 256), (130, 200, 300), (1, 7, 5), (257, 128, 129)]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsplugins.plugins.precision.fp8.tiles import ROW, SQUARE, dequantise, quantise
+from dsplugins.numerics.tiles import ROW, SQUARE, dequantise, quantise
 
 TILES = pytest.mark.parametrize("tile", [ROW, SQUARE])
 

@@ -1,0 +1,142 @@
+"""Does a model learn as well in FP8 as in BF16?
+
+Three ways, the same seeds and data: BF16; its twin, whose weights start one unit in the last place away; and
+`fp8_v3`. The twin is the floor: nothing that differs less than BF16 from itself is a finding. The report's
+claim is a relative difference of smoothed losses below 0.25 % (arXiv 2412.19437, appendix B.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsplugins.experiments.runs import Run, metrics, validation_loss
+
+RECIPE = "experiments/fp8.yaml"
+BASE = "bf16"
+WAYS = {
+    BASE: (),
+    "twin": ("train.twin=true",),
+    "fp8_v3": ("plugins.bf16=null", "plugins.fp8_v3={}"),
+}
+"""Way -> what it overrides in the recipe, which is `bf16` as it stands."""
+LIMITS = {"twin": 0.001, "fp8_v3": 0.0025}
+"""Way -> largest relative difference between its smoothed losses and those of `bf16`, after warm-up."""
+DECAY = 0.9
+"""Of the moving average that smooths losses."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t for a two-sided 95 % interval, 1 to 9 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run left behind."""
+
+    way: str
+    seed: int
+    losses: NDArray[np.float64]
+    """[steps], nats a token of each step's batch."""
+    validation_loss: float
+    """Nats a token, at the end."""
+
+
+def runs(steps: int, seeds: int, overrides: Sequence[str] = ()) -> Iterator[tuple[str, int, Run]]:
+    """(way, seed, run) for seeds 1 to `seeds`; `overrides` come before what the ways differ in."""
+    for seed in range(1, seeds + 1):
+        for way, change in WAYS.items():
+            lengths = (f"train.steps={steps}", f"train.seed={seed}")
+            yield way, seed, Run(f"{way}_{seed}", RECIPE, (*overrides, *lengths, *change))
+
+
+def measure(way: str, seed: int, directory: Path) -> Measured:
+    """The numbers of the complete run in `directory`."""
+    losses = np.array([row["loss"] for row in metrics(directory)])
+    return Measured(way, seed, losses, validation_loss(directory))
+
+
+def warm_up(steps: int) -> int:
+    """Steps at the start that are not compared, a fifth: losses fall faster than an average follows."""
+    return steps // 5
+
+
+def smoothed(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[steps], the exponential moving average that starts at the first loss."""
+    average = np.empty_like(losses)
+    average[0] = losses[0]
+    for step in range(1, len(losses)):
+        average[step] = DECAY * average[step - 1] + (1 - DECAY) * losses[step]
+    return average
+
+
+def gaps(measured: Sequence[Measured], way: str) -> dict[int, NDArray[np.float64]]:
+    """Seed -> [steps], the relative difference of smoothed losses, `way` less `bf16`."""
+    base = {one.seed: smoothed(one.losses) for one in measured if one.way == BASE}
+    return {
+        one.seed: (smoothed(one.losses) - base[one.seed]) / base[one.seed]
+        for one in measured
+        if one.way == way
+    }
+
+
+def drift(measured: Sequence[Measured], way: str) -> dict[str, Any]:
+    """The mean signed relative difference of the losses themselves over the last third of the steps.
+
+    By seed, their mean, and half of its 95 % interval by Student's t; None with one seed, which has none.
+    """
+    base = {one.seed: one.losses for one in measured if one.way == BASE}
+    by_seed = {}
+    for one in measured:
+        if one.way == way:
+            last = slice(-max(1, len(one.losses) // 3), None)
+            by_seed[one.seed] = float(np.mean(one.losses[last] / base[one.seed][last] - 1))
+    values, half = np.array(list(by_seed.values())), None
+    if len(values) > 1:
+        half = float(STUDENT[len(values) - 2] * values.std(ddof=1) / np.sqrt(len(values)))
+    mean = float(values.mean())
+    seen = None if half is None else abs(mean) > half
+    return {"by_seed": by_seed, "mean": mean, "half_interval": half, "differs_from_zero": seen}
+
+
+def results(measured: Sequence[Measured], steps: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What goes into the record."""
+    found = {way: _compared(measured, way, steps) for way in LIMITS}
+    return {
+        "holds": all(one["holds"] for one in found.values()),
+        "recipe": RECIPE,
+        "overrides": list(overrides),
+        "ways": {way: " ".join(change) or "the recipe as it is" for way, change in WAYS.items()},
+        "steps": steps,
+        "compared_steps": [warm_up(steps) + 1, steps],
+        "percent": found,
+        "validation_loss": {
+            way: {one.seed: round(one.validation_loss, 5) for one in measured if one.way == way}
+            for way in WAYS
+        },
+        "final_loss": {
+            way: {one.seed: round(float(smoothed(one.losses)[-1]), 5) for one in measured if one.way == way}
+            for way in WAYS
+        },
+    }
+
+
+def _compared(measured: Sequence[Measured], way: str, steps: int) -> dict[str, Any]:
+    """Largest gap by seed and over all, the limit, and the drift, all in percent of the loss of `bf16`."""
+    largest = {seed: float(np.abs(gap[warm_up(steps) :]).max()) for seed, gap in gaps(measured, way).items()}
+    drifted = drift(measured, way)
+    return {
+        "limit": 100 * LIMITS[way],
+        "largest_gap": round(100 * max(largest.values()), 4),
+        "largest_gap_by_seed": {seed: round(100 * gap, 4) for seed, gap in largest.items()},
+        "holds": max(largest.values()) < LIMITS[way],
+        "drift": round(100 * drifted["mean"], 4),
+        "drift_by_seed": {seed: round(100 * value, 4) for seed, value in drifted["by_seed"].items()},
+        "drift_half_interval": None
+        if drifted["half_interval"] is None
+        else round(100 * drifted["half_interval"], 4),
+        "drift_differs_from_zero": drifted["differs_from_zero"],
+    }

@@ -1,0 +1,45 @@
+"""Tokens to their experts in FP8 by all-to-all, and their outputs back in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from dsplugins.contracts import DispatcherFactory, Plan, Problem, Settings
+from dsplugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+
+class Fp8AllToAll:
+    """All-to-all with tokens as E4M3, a power-of-two scale for each 128 channels (arXiv 2412.19437, 3.3.3).
+
+    Half of the bytes of `alltoall` on the way there, and all of them on the way back, since sums need 16
+    bits: three quarters together. So in backward: gradients of outputs travel to the experts in FP8,
+    gradients of tokens back in 16 bits. With `fp8_v3`, whose experts quantise what arrives by the same rule,
+    forward is that of `alltoall` to the bit. A rank that has nobody to send to rounds its tokens, too:
+    layouts agree.
+    """
+
+    contract = ">=1.0,<2"
+
+    @hookimpl
+    def ds_settings(self, plan: Plan) -> Mapping[str, object]:
+        """The type that other parts of core read."""
+        return {"model.moe_token_dispatcher_type": "alltoall"}
+
+    @hookimpl
+    def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
+        """Overlapped shared experts run inside core's own dispatcher."""
+        if settings.model.moe_shared_expert_overlap:
+            key = "model.moe_shared_expert_overlap"
+            said = f"{key}=True: the shared experts would be left out, fp8_alltoall isn't given them"
+            yield Problem(said, key, "leave it out: the shared experts then run on their own")
+
+    @hookimpl
+    def ds_dispatcher(self, config: MLATransformerConfig) -> DispatcherFactory:
+        """Core's order of things around an exchange of our own."""
+        from dsplugins.plugins.dispatcher.fp8_exchange import Fp8AllToAllDispatcher
+
+        return Fp8AllToAllDispatcher

@@ -1,0 +1,139 @@
+"""The FP8 experiment: its arithmetic on losses made by hand, its ways, its record and its picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsplugins.experiments.fp8 import (
+    WAYS,
+    Measured,
+    drift,
+    gaps,
+    measure,
+    results,
+    runs,
+    smoothed,
+    warm_up,
+)
+from dsplugins.experiments.fp8_plot import draw
+
+FALLING = np.linspace(4.0, 2.0, 30)
+
+
+def three_ways(seed, twin, quantised):
+    """Runs whose losses are those of `bf16` times 1 + a number or a number for each step."""
+    ways = {"bf16": 0.0, "twin": twin, "fp8_v3": quantised}
+    return [Measured(way, seed, FALLING * (1 + off), 2.0) for way, off in ways.items()]
+
+
+def test_losses_are_smoothed():
+    assert smoothed(np.array([2.0, 2.0, 3.0])).tolist() == pytest.approx([2.0, 2.0, 2.1])
+
+
+def test_gaps_are_relative_and_of_each_seed():
+    found = gaps([*three_ways(1, 0.0, 0.001), *three_ways(2, 0.0, -0.002)], "fp8_v3")
+    assert found[1] == pytest.approx(np.full(30, 0.001)) and found[2] == pytest.approx(np.full(30, -0.002))
+
+
+def test_what_happens_in_warm_up_is_not_compared():
+    early = np.where(np.arange(30) < 3, 0.02, 0.0) * 1e-3  # of which the average keeps half after three steps
+    assert warm_up(30) == 6
+    found = results(three_ways(1, early, 0.0), 30)
+    assert found["compared_steps"] == [7, 30] and found["holds"]
+
+
+@pytest.mark.parametrize(
+    ("twin", "quantised", "holds"),
+    [(0.0009, 0.0024, True), (0.0011, 0.0, False), (0.0, 0.0026, False), (-0.0011, 0.0, False)],
+)
+def test_the_claim_is_of_every_seed(twin, quantised, holds):
+    found = results([*three_ways(1, 0.0, 0.0), *three_ways(2, twin, quantised)], 30)
+    assert found["holds"] is holds
+    assert found["percent"]["fp8_v3"]["largest_gap_by_seed"] == {1: 0.0, 2: pytest.approx(100 * quantised)}
+
+
+def test_a_loss_that_is_not_finite_does_not_hold():
+    assert not results(three_ways(1, 0.0, float("nan")), 30)["holds"]
+
+
+def test_a_drift_is_told_from_scatter():
+    """Student's interval of 1, 2, 3 is 2 +- 4.303 / sqrt(3); that of 2.9, 3, 3.1 leaves zero out."""
+    scattered = [one for seed, off in enumerate((1e-3, 2e-3, 3e-3)) for one in three_ways(seed, 0, off)]
+    found = drift(scattered, "fp8_v3")
+    assert found["mean"] == pytest.approx(2e-3) and not found["differs_from_zero"]
+    assert found["half_interval"] == pytest.approx(4.303e-3 / 3**0.5)
+    alike = [one for seed, off in enumerate((2.9e-3, 3e-3, 3.1e-3)) for one in three_ways(seed, 0, off)]
+    assert drift(alike, "fp8_v3")["differs_from_zero"]
+    assert drift(three_ways(1, 0, 1e-3), "fp8_v3")["half_interval"] is None
+
+
+def test_drift_looks_at_the_last_third():
+    late = np.where(np.arange(30) >= 20, 1e-3, 0.0)
+    assert drift(three_ways(1, 0.0, late), "fp8_v3")["mean"] == pytest.approx(1e-3)
+
+
+def test_ways_differ_in_nothing_else():
+    from dsplugins.recipe import Recipe
+
+    found = {
+        (way, seed): Recipe.load(run.recipe, [*run.overrides])
+        for way, seed, run in runs(90, 2, ["train.log_every=3"])
+    }
+    assert len(found) == 6 and not any(recipe.problems for recipe in found.values())
+    for seed in (1, 2):
+        base, twin, quantised = (found[way, seed] for way in WAYS)
+        assert base.sections["train"]["seed"] == seed and base.sections["train"]["log_every"] == 3
+        assert twin.sections == {**base.sections, "train": {**base.sections["train"], "twin": True}}
+        assert twin.plugins == base.plugins and quantised.sections == base.sections
+        others = {name: options for name, options in base.plugins.items() if name != "bf16"}
+        assert quantised.plugins == {**others, "fp8_v3": {}}
+
+
+def test_weights_of_its_recipe_are_several_blocks():
+    """Hidden size 512 and experts of 256, at least: one block would hide what blocks do."""
+    from dsplugins.recipe import Recipe
+
+    model = Recipe.load("experiments/fp8.yaml", []).sections["model"]
+    assert model["hidden_size"] >= 512 and model["moe_ffn_hidden_size"] >= 256
+
+
+def test_what_a_run_left_is_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n{"step": 2, "loss": 3.25}\n')
+    (tmp_path / "run.json").write_text(json.dumps({"evaluation": {"loss": 2.25}}))
+    found = measure("twin", 1, tmp_path)
+    assert found.losses.tolist() == [3.5, 3.25] and found.validation_loss == 2.25
+
+
+def test_the_picture(tmp_path):
+    draw([*three_ways(1, 1e-4, 1e-3), *three_ways(2, -1e-4, -1e-3)], tmp_path / "a" / "b.png")
+    assert (tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_trains_and_records(tmp_path, monkeypatch):
+    """Losses as a run leaves them, in the place of the nine runs."""
+    from click.testing import CliRunner
+
+    from dsplugins.cli import experiment_runs, fp8
+    from dsplugins.cli.experiment import command
+
+    def pretend(planned, where, jobs):
+        for run in planned:
+            folder = Path(where, run.name)
+            folder.mkdir()
+            off = 1e-3 if run.name.startswith("fp8") else 0.0
+            rows = [json.dumps({"loss": loss * (1 + off)}) + "\n" for loss in FALLING]
+            (folder / "metrics.jsonl").write_text("".join(rows))
+            (folder / "run.json").write_text(json.dumps({"evaluation": {"loss": 2.0}}))
+
+    monkeypatch.setattr(fp8, "train_all", pretend)
+    assert experiment_runs.train_all is not pretend
+    done = CliRunner().invoke(command, ["fp8", "--steps", "30", "--out", str(tmp_path)])
+    assert done.exit_code == 0 and "the claim holds" in done.output
+    record = json.loads((tmp_path / "fp8.json").read_text())
+    assert record["results"]["percent"]["fp8_v3"]["largest_gap"] == pytest.approx(0.1)
+    assert record["command"] == "dsplugins experiment fp8 --steps 30 --seeds 3"
+    assert (tmp_path / "fp8.png").exists()
