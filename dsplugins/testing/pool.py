@@ -71,10 +71,10 @@ class Workers:
         import torch.distributed as dist
 
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = _context()
+        starts = context()
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = starts.Pipe()
+            process = starts.Process(
                 target=serve, args=(rank, self.size, self._store.port, theirs, self.timeout), daemon=True
             )
             process.start()
@@ -123,16 +123,16 @@ def _failure(name: str, answers: Sequence[Answer | None], timeout: float) -> Job
     return failure
 
 
-def _context() -> Any:
+def context() -> Any:
     """Workers are forks of one process that has imported megatron-core and done nothing else.
 
     A fork is safe there: importing starts no thread. Not so on macOS, whose own libraries start some.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOADED])
-    return context
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload([PRELOADED])
+    return forking
 
 
-__all__ = ["JobFailed", "Workers"]
+__all__ = ["JobFailed", "Workers", "context"]
