@@ -239,7 +239,7 @@ ExpertsFactory = Callable[..., "torch.nn.Module"]
 
 class GroupedProducts(Protocol):
     """What a backend may offer beside core's `BackendSpecProvider`, as `grouped_products()`: the two products
-    of experts whose weights are packed. E experts of this rank have `splits` [E] tokens each, T together.
+    of a layer's experts whose weights are packed. This rank's E experts have `splits` [E] tokens, T together.
     """
 
     def up(self, tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:

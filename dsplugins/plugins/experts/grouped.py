@@ -50,8 +50,7 @@ class Grouped:
         from dsplugins.plugins.experts.grouped_experts import GroupedExperts, TorchProducts
 
         brought = getattr(backend, "grouped_products", None)
-        products = TorchProducts(config) if brought is None else brought()
-        return partial(GroupedExperts, products=products)
+        return partial(GroupedExperts, products=brought or partial(TorchProducts, config))
 
 
 def _layout(plan: Plan) -> Iterable[Problem]:

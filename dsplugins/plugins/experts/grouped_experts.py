@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,12 +59,12 @@ class GroupedExperts(MegatronModule):
         self,
         num_local_experts: int,
         config: Any,
-        products: GroupedProducts,
+        products: Callable[[], GroupedProducts],
         pg_collection: Any = None,
         name: str | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.products = products
+        self.products = products()
         self.num_local_experts = num_local_experts
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
         inner, hidden = config.moe_ffn_hidden_size, config.hidden_size

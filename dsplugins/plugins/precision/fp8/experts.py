@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dsplugins.numerics.tiles import ROW, Quantised, dequantise, quantise
+from dsplugins.numerics.tiles import ROW, Quantised, dequantise
 from dsplugins.plugins.precision.fp8 import products, swiglu
 from dsplugins.plugins.precision.fp8.rule import Rule
 
@@ -22,7 +22,7 @@ class ExpertsUp(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, splits: Sequence[int], rule: Rule, product: Any
     ) -> torch.Tensor:
-        codes = quantise(x, ROW, rule.input)
+        codes = products.activation(x, rule)
         ctx.weight, ctx.splits, ctx.rule, ctx.product = weight, splits, rule, product
         ctx.save_for_backward(codes.codes, codes.scales)
         return _outputs(product, codes, weight, splits, rule).to(x.dtype)
@@ -32,7 +32,7 @@ class ExpertsUp(torch.autograd.Function):
         rule, product, weight, splits = ctx.rule, ctx.product, ctx.weight, ctx.splits
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dy_codes = products.gradient(dy, rule.gradient)
+            dy_codes = products.gradient(dy, rule)
             dx = _input_gradients(product, dy_codes, weight, splits, rule).to(dy.dtype)
         if ctx.needs_input_grad[1]:
             codes, scales = ctx.saved_tensors
@@ -59,10 +59,10 @@ class SwigluDown(torch.autograd.Function):
         product: Any,
     ) -> torch.Tensor:
         ctx.weight, ctx.splits, ctx.rule, ctx.product, ctx.dtype = weight, splits, rule, product, inner.dtype
-        stored = quantise(inner, ROW, rule.input)
+        stored = products.activation(inner, rule, "kept.x")
         ctx.save_for_backward(stored.codes, stored.scales, probs)
         active = swiglu.forward(inner, probs).to(inner.dtype)
-        return _outputs(product, quantise(active, ROW, rule.input), weight, splits, rule).to(inner.dtype)
+        return _outputs(product, products.activation(active, rule), weight, splits, rule).to(inner.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
@@ -71,7 +71,7 @@ class SwigluDown(torch.autograd.Function):
         inner = dequantise(Quantised(codes, scales, ROW)).to(ctx.dtype)
         dinner = dprobs = dw = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dy_codes = products.gradient(dy, rule.gradient)
+            dy_codes = products.gradient(dy, rule)
             dactive = _input_gradients(product, dy_codes, weight, splits, rule).to(ctx.dtype)
             dinner, dprobs = swiglu.backward(inner, probs, dactive)
             dinner = dinner.to(ctx.dtype)
@@ -86,14 +86,14 @@ def _outputs(
     product: Any, x: Quantised, weight: torch.Tensor, splits: Sequence[int], rule: Rule
 ) -> torch.Tensor:
     parts = zip(_rows(x, splits), _each(weight), strict=True)
-    return torch.cat([products.output(product, part, w, rule.weight) for part, w in parts])
+    return torch.cat([products.output(product, part, w, rule) for part, w in parts])
 
 
 def _input_gradients(
     product: Any, dy: Quantised, weight: torch.Tensor, splits: Sequence[int], rule: Rule
 ) -> torch.Tensor:
     parts = zip(_rows(dy, splits), _each(weight), strict=True)
-    return torch.cat([products.input_gradient(product, part, w, rule.weight) for part, w in parts])
+    return torch.cat([products.input_gradient(product, part, w, rule) for part, w in parts])
 
 
 def _weight_gradients(
@@ -101,7 +101,7 @@ def _weight_gradients(
 ) -> torch.Tensor:
     """FP32 [E, N, K]; tiles along tokens never reach into the next expert's."""
     parts = zip(dy.split(splits), x.split(splits), strict=True)
-    return torch.stack([products.weight_gradient(product, g, a, rule.gradient, rule.input) for g, a in parts])
+    return torch.stack([products.weight_gradient(product, g, a, rule) for g, a in parts])
 
 
 def _each(weight: torch.Tensor) -> Sequence[torch.Tensor]:

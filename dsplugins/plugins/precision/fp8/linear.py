@@ -5,14 +5,15 @@ Imported from hook bodies only: it needs torch and megatron-core.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from dsplugins.numerics.tiles import ROW, Quantised, dequantise, quantise
+from dsplugins.numerics.tiles import ROW, Quantised, dequantise
+from dsplugins.numerics.watch import Watch
 from dsplugins.plugins.precision.fp8 import e5m6, products
 from dsplugins.plugins.precision.fp8.experts import SwigluDown
 from dsplugins.plugins.precision.fp8.rule import Rule, Scales, rule_for
@@ -38,12 +39,12 @@ class Fp8Product(torch.autograd.Function):
         reduced: Any,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        codes = quantise(flat, ROW, rule.input)
+        codes = products.activation(flat, rule)
         ctx.rule, ctx.product, ctx.shape = rule, product, x.shape
         ctx.gathered, ctx.reduced = gathered, reduced
         ctx.weight = weight  # not a saved tensor: its `main_grad` is added to in backward
         ctx.save_for_backward(*_keep(flat, codes, rule))
-        y = products.output(product, _gather(codes, gathered), weight, rule.weight).to(x.dtype)
+        y = products.output(product, _gather(codes, gathered), weight, rule).to(x.dtype)
         return y.view(-1, *x.shape[1:-1], weight.shape[0])
 
     @staticmethod
@@ -53,12 +54,12 @@ class Fp8Product(torch.autograd.Function):
         dx = dw = None
         wait: Callable[[], object] = _nothing
         if ctx.needs_input_grad[0]:
-            dy_codes = products.gradient(flat, rule.gradient)
-            dx = products.input_gradient(product, dy_codes, weight, rule.weight).to(dy.dtype)
+            dy_codes = products.gradient(flat, rule)
+            dx = products.input_gradient(product, dy_codes, weight, rule).to(dy.dtype)
             dx, wait = _reduce(dx, ctx.gathered, ctx.reduced)
         if ctx.needs_input_grad[1]:
             x = _kept(ctx.saved_tensors, rule, ctx.gathered, weight.shape[1])
-            dw = products.weight_gradient(product, flat, x, rule.gradient, rule.input)
+            dw = products.weight_gradient(product, flat, x, rule)
             dw = products.deliver(weight, dw)
         wait()
         return (dx if dx is None else dx.view(ctx.shape)), dw, None, None, None, None
@@ -120,6 +121,11 @@ class _Fp8Linear:
     product: ClassVar[Any]
     """(the function, wrapped so that it is no method: `(reference.product,)`)."""
     rule: Rule | None
+
+    @property
+    def watches(self) -> Mapping[str, Watch]:
+        """See `Watch`; nothing where the linear stays in BF16."""
+        return {} if self.rule is None else {"": self.rule.watch}
 
     def _forward_impl(
         self,

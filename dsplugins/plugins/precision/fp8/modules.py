@@ -40,6 +40,7 @@ class Fp8GroupedProducts:
         up, down = rule_for("fc1", True, scales), rule_for("fc2", True, scales)
         assert up is not None and down is not None
         self.rules = up, down
+        self.watches = {"linear_fc1": up.watch, "linear_fc2": down.watch}
 
     def up(self, tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
         """tokens [T, H] times weight [E, 2I, H] transposed: [T, 2I]."""

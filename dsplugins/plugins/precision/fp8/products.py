@@ -6,37 +6,42 @@ Imported from hook bodies only: it needs torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dsplugins.numerics.tiles import ROW, SMALLEST_GRADIENT, SQUARE, Quantised, quantise
 
+if TYPE_CHECKING:
+    from dsplugins.plugins.precision.fp8.rule import Rule
+
 Product = Callable[[Quantised, Quantised], torch.Tensor]
 """a [M, K] times b [N, K] transposed, FP32 [M, N]; see `reference.product`."""
 
 
-def output(product: Product, x: Quantised, weight: torch.Tensor, power_of_two: bool) -> torch.Tensor:
+def activation(x: torch.Tensor, rule: Rule, operand: str = "fprop.x") -> Quantised:
+    """An input [T, K] in tiles of 128 channels of a token; `operand` is what it is called to who watches."""
+    return rule.watch.saw(operand, x, quantise(x, ROW, rule.input))
+
+
+def output(product: Product, x: Quantised, weight: torch.Tensor, rule: Rule) -> torch.Tensor:
     """x [T, K] times `weight` [N, K] transposed: FP32 [T, N]."""
-    return product(x, quantise(weight, SQUARE, power_of_two))
+    return product(x, rule.watch.saw("fprop.w", weight, quantise(weight, SQUARE, rule.weight)))
 
 
-def input_gradient(product: Product, dy: Quantised, weight: torch.Tensor, power_of_two: bool) -> torch.Tensor:
+def gradient(dy: torch.Tensor, rule: Rule, operand: str = "dgrad.dy") -> Quantised:
+    """A gradient of an output [T, N] in tiles of 128 channels of a token."""
+    return rule.watch.saw(operand, dy, quantise(dy, ROW, rule.gradient, SMALLEST_GRADIENT))
+
+
+def input_gradient(product: Product, dy: Quantised, weight: torch.Tensor, rule: Rule) -> torch.Tensor:
     """dy [T, N] times `weight` [N, K]: FP32 [T, K]. Square tiles serve both directions."""
-    return product(dy, quantise(weight, SQUARE, power_of_two).t)
+    return product(dy, quantise(weight, SQUARE, rule.weight).t)
 
 
-def gradient(dy: torch.Tensor, power_of_two: bool) -> Quantised:
-    """A gradient [M, K] in tiles of 1 x 128."""
-    return quantise(dy, ROW, power_of_two, SMALLEST_GRADIENT)
-
-
-def weight_gradient(
-    product: Product, dy: torch.Tensor, x: torch.Tensor, dy_power_of_two: bool, x_power_of_two: bool
-) -> torch.Tensor:
+def weight_gradient(product: Product, dy: torch.Tensor, x: torch.Tensor, rule: Rule) -> torch.Tensor:
     """dy [T, N] transposed times x [T, K]: FP32 [N, K]; both in tiles of 128 tokens of one channel."""
-    left = gradient(dy.t(), dy_power_of_two)
-    return product(left, quantise(x.t(), ROW, x_power_of_two))
+    return product(gradient(dy.t(), rule, "wgrad.dy"), activation(x.t(), rule, "wgrad.x"))
 
 
 def deliver(weight: Any, gradient: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from dsplugins.numerics.watch import Watch
 
 Scales = Literal["report", "power_of_two"]
 
@@ -23,6 +25,8 @@ class Rule:
     """Power-of-two scales for the weight."""
     keeps: Literal["e4m3", "e5m6"] = "e4m3"
     """Format in which the input is kept for the weight gradient."""
+    watch: Watch = field(default_factory=Watch, compare=False)
+    """Sees what is quantised by this rule."""
 
 
 def rule_for(linear: str, routed: bool, scales: Scales) -> Rule | None:

@@ -47,11 +47,11 @@ def test_each_product_is_close_to_bf16s(magnitude):
     x = drawn(256, 512, magnitude=magnitude).bfloat16()
     w = drawn(384, 512, seed=1, magnitude=0.02).bfloat16()
     dy = drawn(256, 384, seed=2, magnitude=magnitude).bfloat16()
-    forward = products.output(reference.product, quantise(x, ROW), w, False)
+    forward = products.output(reference.product, quantise(x, ROW), w, Rule())
     assert report.difference(forward, (x @ w.t()).float()) < 1e-3
-    gradient = products.input_gradient(reference.product, quantise(dy, ROW), w, False)
+    gradient = products.input_gradient(reference.product, quantise(dy, ROW), w, Rule())
     assert report.difference(gradient, (dy @ w).float()) < 1e-3
-    weight = products.weight_gradient(reference.product, dy, x, False, False)
+    weight = products.weight_gradient(reference.product, dy, x, Rule())
     assert report.difference(weight, (dy.t() @ x).float()) < 1e-3
 
 
@@ -97,9 +97,9 @@ def test_gradients_have_digits_at_any_size():
     results = []
     for size in (1.0, 2.0**-60):
         dy = drawn(64, 128, seed=2) * size
-        codes = products.gradient(dy, False)
-        results.append(products.input_gradient(reference.product, codes, w, False) / size)
-        results.append(products.weight_gradient(reference.product, dy, x, False, False) / size)
+        codes = products.gradient(dy, Rule())
+        results.append(products.input_gradient(reference.product, codes, w, Rule()) / size)
+        results.append(products.weight_gradient(reference.product, dy, x, Rule()) / size)
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
@@ -155,7 +155,7 @@ def test_weight_gradients_are_summed_unrounded():
         dy = drawn(32, 64, seed=seed + 10).bfloat16()
         Fp8Product.apply(x, weight, Rule(), reference.product, None, None).backward(dy)
         seen = dequantise(quantise(x.detach(), ROW))
-        sums += products.weight_gradient(reference.product, dy, seen, False, False)
+        sums += products.weight_gradient(reference.product, dy, seen, Rule())
     assert weight.grad_added_to_main_grad
     assert torch.equal(weight.main_grad, sums)
     assert not torch.equal(sums, sums.bfloat16().float())
@@ -174,7 +174,7 @@ def test_square_tiles_for_gradients_hurt_where_outliers_follow_tokens():
     true = dy.double() @ w.double()
 
     def error(tile):
-        got = products.input_gradient(reference.product, quantise(dy, tile), w, False)
+        got = products.input_gradient(reference.product, quantise(dy, tile), w, Rule())
         return ((got - true)[ordinary].norm() / true[ordinary].norm()).item()
 
     by_row, by_square = error(ROW), error(SQUARE)
