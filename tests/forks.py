@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -41,14 +42,17 @@ class Fork:
         cwd: str | Path | None = None,
         env: Mapping[str, str] | None = None,
         together: bool = True,
+        input: str = "",
     ) -> None:
         """`line` is `[sys.executable, ...]`. `together`: standard error goes where standard output does."""
         program, *arguments = map(str, line)
         assert program == sys.executable, f"{program} is no fork of this interpreter"
-        self._out, self._err = tempfile.TemporaryDirectory(), together
-        self._files = [Path(self._out.name, name) for name in ("out", "out" if together else "err")]
+        self._folder, self._together = tempfile.TemporaryDirectory(), together
+        names = ("in", "out", "out" if together else "err")
+        self._files = [Path(self._folder.name, name) for name in names]
+        self._files[0].write_text(input)
         given = (arguments, os.fspath(cwd or os.getcwd()), dict(env or os.environ), _bare_path())
-        made = {"target": _first, "args": (*map(str, self._files), *given), "daemon": True}
+        made = {"target": _first, "args": (list(map(str, self._files)), *given), "daemon": True}
         self._process = context().Process(**made)
         self._process.start()
         self.pid = self._process.pid
@@ -74,7 +78,7 @@ class Fork:
         """What it printed, when it has ended."""
         self.wait(timeout)
         out, err = self._printed()
-        return out, "" if self._err else err
+        return out, "" if self._together else err
 
     def send_signal(self, number: int) -> None:
         """To this process alone."""
@@ -86,7 +90,7 @@ class Fork:
         self._process.join()
 
     def _printed(self) -> list[str]:
-        return [file.read_text(errors="replace") for file in self._files]
+        return [file.read_text(errors="replace") for file in self._files[1:]]
 
 
 def run(
@@ -94,9 +98,10 @@ def run(
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 300.0,
+    input: str = "",
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` with `capture_output` and `text`."""
-    started = Fork(line, cwd, env, together=False)
+    started = Fork(line, cwd, env, together=False, input=input)
     out, err = started.communicate(timeout)
     return subprocess.CompletedProcess(line, started.wait(), out, err)
 
@@ -113,11 +118,11 @@ def _bare_path() -> list[str]:
 
 
 def _first(
-    out: str, err: str, arguments: list[str], cwd: str, env: dict[str, str], path: list[str]
+    files: list[str], arguments: list[str], cwd: str, env: dict[str, str], path: list[str]
 ) -> NoReturn:
     """The process that a test starts: from here on `subprocess` forks."""
-    for descriptor, file in ((1, out), (2, err)):
-        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor, file in enumerate(files):
+        opened = os.open(file, os.O_RDWR | os.O_CREAT | (os.O_APPEND if descriptor else 0))
         os.dup2(opened, descriptor)
         os.close(opened)
     multiprocessing.current_process()._config["daemon"] = False  # it may have processes of its own
@@ -166,6 +171,9 @@ def _default_signals() -> None:
 
 def _become(arguments: list[str], cwd: str, env: dict[str, str], path: list[str]) -> NoReturn:
     """Be the interpreter with these arguments."""
+    atexit._clear()  # what the parent does at its end: it removes its temporary folders, for example
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

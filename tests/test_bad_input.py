@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from dsplugins.contracts import RecipeError
@@ -30,7 +30,7 @@ def write(folder, text):
 
 def train(folder, *arguments):
     line = [sys.executable, "-m", "dsplugins", "train", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, timeout=300)
+    return forks.run(line, cwd=folder)
 
 
 def test_a_good_recipe_has_no_problems():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+import forks
 
 from dsplugins.bench.turns import in_turn
 
@@ -25,13 +26,7 @@ def test_turns_alternate_and_the_ratio_is_that_of_medians():
 
 def test_the_loop_is_measured_on_the_recipes_ranks(tmp_path):
     line = ["bench", "loop", str(TINY), "run.world_size=2", "parallel.expert=2", "--rounds", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dsplugins", *line, "--out", "records"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    done = forks.run([sys.executable, "-m", "dsplugins", *line, "--out", "records"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "records" / "bench_loop.json").read_text())["results"]
     assert results["rounds"] == 2 == len(results["hand_written_seconds"])
@@ -42,7 +37,7 @@ def test_both_contestants_learn_from_the_same_tokens(tmp_path):
     losses = {}
     for kind in ("dsplugins", "huggingface"):
         line = [sys.executable, "-m", "dsplugins.bench.contestants", kind, "bench/small.yaml", "1"]
-        done = subprocess.run(line, input="1\n1\n", capture_output=True, text=True, timeout=180)
+        done = forks.run(line, input="1\n1\n")
         assert done.returncode == 0, done.stderr
         answers = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
         losses[kind] = [answer["loss"] for answer in answers]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from click.testing import CliRunner
 
@@ -126,7 +126,7 @@ def test_the_command_prints_json_and_leaves_the_run_alone(run):
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
     line = [sys.executable, "-m", "dsplugins", "evaluate", str(run), "--json"]
     line += ["run.world_size=1", "parallel.expert=1"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=180)
+    done = forks.run(line)
     assert done.returncode == 0 and done.stderr == ""
     assert math.isclose(json.loads(done.stdout)["loss"], evaluations(run)[-1]["loss"], rel_tol=1e-6)
     assert before == {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 HERE = Path(__file__).parent
@@ -28,7 +29,7 @@ def installed(tmp_path_factory):
 def run(installed, cwd, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     line = [sys.executable, "-m", "dsplugins", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=180)
+    return forks.run(line, cwd=cwd, env=environment)
 
 
 def test_it_is_listed_and_shown_from_its_package(installed, tmp_path):

@@ -17,6 +17,12 @@ line = [sys.executable, "-c", "import os, sys; print(os.getppid(), os.getsid(0) 
 done = subprocess.run(line, capture_output=True, text=True, start_new_session=True)
 print(done.stdout == f"{os.getpid()} True\\n", done.returncode, os.environ["GIVEN"], os.getcwd())
 """
+TIDY = """
+import os, subprocess, sys, tempfile
+folder = tempfile.TemporaryDirectory()
+subprocess.run([sys.executable, "-c", "pass"])
+print(os.path.exists(folder.name))
+"""
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,7 @@ print(done.stdout == f"{os.getpid()} True\\n", done.returncode, os.environ["GIVE
         "import atexit; atexit.register(print, 'the end')",
         "import sys; print(sys.path[1:], sys.stdin.read(), file=sys.stderr)",
         NESTED,
+        TIDY,
     ],
 )
 def test_a_fork_ends_and_prints_as_an_interpreter(tmp_path, program):

@@ -43,10 +43,12 @@ def threads():
 def threads_of_the_process_after_runs():
     from runs import assembled
 
+    from dsplugins.step import Progress, take_step
+
     counted = []
     for _ in range(4):
-        with assembled(["train.steps=1"]):
-            pass
+        with assembled(["train.steps=1"]) as run:
+            take_step(run, Progress())
         counted.append(len(os.listdir("/proc/self/task")))
     return counted
 
@@ -89,7 +91,7 @@ def test_one_thread_a_worker(workers):
 def test_models_do_not_pile_up_with_their_groups(workers):
     (counted,) = workers(1).run(threads_of_the_process_after_runs)
     # A model has some 20 process groups of three threads each; the last one is freed by the next.
-    assert counted[-1] - counted[0] < 20, counted
+    assert counted[-1] <= counted[0], counted
 
 
 def test_single_is_a_world_of_one(single):

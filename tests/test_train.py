@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -19,7 +19,7 @@ FIELDS = {
 
 def command(folder, *overrides):
     line = [sys.executable, "-m", "dsplugins", "train", str(TINY), "run.world_size=2", *overrides]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, timeout=180)
+    return forks.run(line, cwd=folder)
 
 
 @pytest.fixture(scope="module")

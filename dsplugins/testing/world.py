@@ -107,14 +107,20 @@ def _cut_circles() -> None:
 
 
 def _forget() -> None:
-    """MTP's losses of an unfinished step, and the scales of its loss and of balance losses."""
+    """MTP's losses of an unfinished step, the scales of its loss and of balance losses, rotary embeddings.
+
+    Those are kept by the cache of a method: each of them, with its process group.
+    """
     import torch
+    from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
     MTPLossLoggingHelper.tracker.clear()
     MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)  # as core has it at first
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()
 
 
 __all__ = ["model_parallel", "prepare_cpu", "temporary_groups"]

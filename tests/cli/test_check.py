@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from click.testing import CliRunner
 
@@ -20,13 +21,8 @@ INTERLEAVED += ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 
 def check(*arguments, code=0, **environment):
     """Standard output and error of the command as a user types it, without GPUs."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dsplugins", "check", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+    done = forks.run(
+        [sys.executable, "-m", "dsplugins", "check", *arguments], ROOT, os.environ | environment, timeout=900
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

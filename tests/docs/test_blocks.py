@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+import forks
 import pytest
 from pages import ROOT, blocks, commands, name, written
 
@@ -93,7 +94,7 @@ def test_every_other_console_line_runs_and_prints_what_is_shown(page, tmp_path):
         own = (tmp_path / arguments[0]).exists()  # a script that the page shows
         folder = ROOT if program == "python" and not own else tmp_path
         line = [*start, *arguments]
-        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        done = forks.run(line, cwd=folder, env=environment)
         wanted = 3 if any(shown.endswith(REFUSED) for shown in command.shown) else 0
         assert done.returncode == wanted, f"{command.block}: {command.line}\n{done.stderr}"
         printed = done.stdout + done.stderr

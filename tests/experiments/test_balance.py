@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 
@@ -144,7 +144,7 @@ def test_the_picture(tmp_path):
 
 def command(folder, *arguments):
     line = [sys.executable, "-m", "dsplugins", "experiment", "balance", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, timeout=300)
+    return forks.run(line, cwd=folder)
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
 """Corpora through megatron-core's datasets: pure, whole, blended, split, the same on every rank."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -427,7 +427,7 @@ def test_two_ranks_train_on_it(web, code, tmp_path):
         "run: {world_size: 2}\n"
     )
     line = [sys.executable, "-m", "dsplugins", "train", str(recipe), f"run.directory={tmp_path}/run"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = forks.run(line, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "data: source web (0.7) + code (0.3)," in done.stdout
     assert "step 2  tokens 256" in done.stdout and "what stood there:" in done.stdout
