@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import forks
 import pytest
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -33,14 +34,7 @@ def command(name, *more):
 
 
 def start(folder, name, *more):
-    return subprocess.Popen(
-        command(name, *more),
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return forks.Fork(command(name, *more), folder, ENVIRONMENT)
 
 
 def finish(process):
