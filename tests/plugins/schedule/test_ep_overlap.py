@@ -14,7 +14,7 @@ from dsplugins.contracts import Layout
 from dsplugins.plugins.schedule.ep_overlap import EpOverlap
 from dsplugins.plugins.schedule.interleaved import InterleavedOptions
 
-BF16 = ["plugins.fp32=null", "plugins.bf16={}", "train.steps=3", "parallel.expert=2"]
+BF16 = ["plugins.fp32=null", "plugins.bf16={}", "train.steps=2", "parallel.expert=2"]
 OVERLAP = ["plugins.one_f_one_b=null", "plugins.ep_overlap={}"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 FIELD = "overlap_moe_expert_parallel_comm"
@@ -61,7 +61,7 @@ def test_every_number_is_that_of_the_schedule_inside(workers, case):
     here, pairs = workers(size).run(overlapped, overrides)[0]
     assert numbers(here) == numbers(there)
     assert here["counts"] == there["counts"] and here["evaluation"] == there["evaluation"]
-    assert pairs.count((True, True)) >= 3 * 3, "micro-batches were taken in pairs"
+    assert pairs.count((True, True)) >= 3 * 2, "micro-batches were taken in pairs"
 
 
 def test_with_mtp_embedding_and_head_get_their_gradients_in_two_sums(workers):
@@ -75,7 +75,7 @@ def test_with_mtp_embedding_and_head_get_their_gradients_in_two_sums(workers):
         assert math.isclose(row["loss"], other["loss"], rel_tol=2**-8)  # a unit of BF16
     # 4 micro-batches a step: one forward alone, three pairs, one backward alone.
     step = [(True, False), *[(True, True)] * 3, (False, True)]
-    assert pairs == step * 3
+    assert pairs == step * 2
 
 
 def problems(group=None, backend="torch_local", delay=False, **layout):

@@ -41,7 +41,7 @@ def told_and_counted(overrides: list[str]) -> tuple[dict[Any, float], dict[Any, 
     from dsplugins.plugins.event.wire.tally import Tally
     from dsplugins.step import Progress, take_step
 
-    with assembled(overrides) as run:
+    with assembled(["train.micro_batch=2", *overrides]) as run:
         from megatron.core import parallel_state
 
         stage = parallel_state.get_pipeline_model_parallel_rank()
