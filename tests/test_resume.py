@@ -16,7 +16,8 @@ import forks
 import pytest
 
 TINY = Path(__file__).parent / "tiny.yaml"
-SETUP = ["run.world_size=2", "parallel.expert=2", "train.steps=12", "evaluate.sequences=0", "save.every=3"]
+SETUP = ["run.world_size=2", "parallel.expert=2", "train.micro_batch=2", "train.steps=12"]
+SETUP += ["evaluate.sequences=0", "save.every=3"]
 BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
 LOADS = ["plugins.expert_load.plots=false"]
 NUMBERS = (

@@ -10,7 +10,7 @@
     def test_x(workers):
         first, second = workers(2).run(job, 0.5)
 
-Importing megatron-core takes seconds, so the processes are started once and reused by all tests. Put
+Importing megatron-core takes seconds: one process does it, the others are forked from it and kept. Put
 `pytest_plugins = ["dsplugins.testing"]` into a `conftest.py` for the fixtures `workers` and `single`.
 """
 

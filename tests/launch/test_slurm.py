@@ -15,7 +15,7 @@ from dsplugins.rundir import RunDirectory
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 FAKE = Path(__file__).with_name("fake_slurm.py")
-SETUP = ["parallel.expert=2", "train.steps=12"]
+SETUP = ["parallel.expert=2", "train.micro_batch=2", "train.steps=12"]
 RECIPE = [str(TINY), "run.world_size=2", "run.directory=out", "evaluate.sequences=0", *SETUP]
 
 
