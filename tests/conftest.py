@@ -11,17 +11,19 @@ ROOT = Path(__file__).parent
 
 pytest_plugins = ["dsplugins.testing"]
 LONGEST = (
-    "experiments/test_balance.py",
     "test_resume.py",
     "launch/test_slurm.py",
     "test_layouts.py",
+    "plugins/precision/fp8/test_fp8_v3.py",
     "checkpoint/test_state.py",
-    "docs/test_blocks.py",
+    "plugins/optimizer/test_overlap.py",
+    "recipes/test_every_key.py",
     "plugins/dispatcher/test_flex.py",
     "docs/test_writing.py",
-    "recipes/test_every_key.py",
-    "test_bench.py",
+    "test_launcher.py",
     "test_ranks.py",
+    "docs/test_blocks.py",
+    "experiments/test_balance.py",
 )
 """Files that come first, the longest before the others: no process is left with one of them at the end."""
 
