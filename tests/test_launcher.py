@@ -17,7 +17,9 @@ from dsplugins.rank import inside_torchrun
 
 SLEEPS = "import os, sys, time, signal, pathlib; rank = int(os.environ['RANK'])\n"
 LAUNCHER = (
-    "import sys; from dsplugins.launcher import run_local; sys.exit(run_local(2, [], sys.argv[1:]).code)"
+    # A shell starts what runs in its background without SIGINT; these tests are about a terminal.
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from dsplugins.launcher import run_local; sys.exit(run_local(2, [], sys.argv[1:]).code)"
 )
 
 
