@@ -77,7 +77,8 @@ def run(workers):
 
     @functools.cache
     def once(name, size, *overrides):
-        return workers(size).run(carried, name, [f"parallel.expert={size}", "train.steps=2", *overrides])
+        small = [f"parallel.expert={size}", "train.steps=2", "train.micro_batch=2"]
+        return workers(size).run(carried, name, [*small, *overrides])
 
     return once
 
