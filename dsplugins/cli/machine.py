@@ -13,6 +13,8 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from dsplugins import apex
+
 
 def row(what: str, found: str, state: str, remedy: str = "") -> dict[str, str]:
     """One thing looked at; state `ok`, `-` (not needed by every run) or `WRONG`."""
@@ -104,11 +106,9 @@ def _transformer_engine() -> dict[str, str]:
 
 def _apex() -> dict[str, str]:
     """The index's package of that name is a web toolkit; megatron-core takes any `apex` for NVIDIA's."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
+    if apex.nvidias() is None:
         return row("apex", "not installed", "-")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if any((folder / part).exists() for folder in folders for part in ("multi_tensor_apply", "optimizers")):
+    if apex.nvidias():
         return row("apex", "NVIDIA's", "ok")
     return row("apex", "not NVIDIA's", "WRONG", "pip uninstall apex: megatron-core takes it for NVIDIA's")
 

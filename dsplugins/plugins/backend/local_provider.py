@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.models.backends import LocalSpecProvider
 
 from dsplugins.plugins.backend.norm import Norm
@@ -9,15 +11,16 @@ from dsplugins.plugins.backend.sdpa import SdpaCoreAttention
 
 
 class TorchLocalProvider(LocalSpecProvider):
-    """Core's own parallel linears, `norm.Norm` for every norm, `sdpa.SdpaCoreAttention`."""
+    """Core's own parallel linears, `norm` for every norm, `sdpa.SdpaCoreAttention`."""
 
-    def layer_norm(
-        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
-    ) -> type[Norm]:
+    def __init__(self, norm: Any = Norm) -> None:
+        self._norm = norm
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
         """The kind comes from the config. Raises ValueError for a norm fused with the residual."""
         if has_residual:
             raise ValueError("torch_local has no norm that is fused with the residual: use the backend te")
-        return Norm
+        return self._norm
 
     def core_attention(self) -> type[SdpaCoreAttention]:
         """Causal attention on torch's kernels."""

@@ -20,19 +20,19 @@ class RMSNorm(torch.nn.RMSNorm):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in fp32 inside, x's dtype outside."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        _refuse_what_torch_lacks(config)
+        refuse_what_torch_lacks(config)
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        _mark(self.weight, config)
+        mark(self.weight, config)
 
 
 class LayerNorm(torch.nn.LayerNorm):
     """Layer norm with bias over the last dimension, in fp32 inside, x's dtype outside."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        _refuse_what_torch_lacks(config)
+        refuse_what_torch_lacks(config)
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        _mark(self.weight, config)
-        _mark(self.bias, config)
+        mark(self.weight, config)
+        mark(self.bias, config)
 
 
 class Norm:
@@ -52,13 +52,15 @@ class Norm:
         raise ValueError(f"model.normalization={config.normalization}: torch_local has RMSNorm and LayerNorm")
 
 
-def _refuse_what_torch_lacks(config: TransformerConfig) -> None:
+def refuse_what_torch_lacks(config: TransformerConfig) -> None:
+    """Raise ValueError for fields that neither torch's norms nor apex's have."""
     for name in ("layernorm_zero_centered_gamma", "persist_layer_norm", "memory_efficient_layer_norm"):
         if getattr(config, name):
             raise ValueError(f"model.{name} needs another backend than torch_local")
 
 
-def _mark(parameter: torch.nn.Parameter, config: TransformerConfig) -> None:
+def mark(parameter: torch.nn.Parameter, config: TransformerConfig) -> None:
+    """Tell core whether to sum the gradient of `parameter` over the tensor-parallel ranks."""
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 

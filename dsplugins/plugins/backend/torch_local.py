@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from dsplugins import apex
 from dsplugins.contracts import Problem
 from dsplugins.hookspecs import hookimpl
 
@@ -16,23 +18,54 @@ if TYPE_CHECKING:
     from dsplugins.contracts import Plan, Settings
 
 
+@dataclass(frozen=True)
+class TorchLocalOptions:
+    """Options of TorchLocal."""
+
+    norm: Literal["torch", "apex"] = "torch"
+    """Whose kernels make the norms: torch's, or the fused ones of NVIDIA's apex, on GPUs."""
+    fused_weight_gradient: bool = False
+    """Add the weight gradient of a linear to its FP32 buffer inside the product, by a kernel of NVIDIA's apex
+    (`model.gradient_accumulation_fusion`), on GPUs. Core's linears only, not packed experts."""
+
+
 class TorchLocal:
     """The backend without TransformerEngine: core's Column- and RowParallelLinear, torch's norms and
     scaled-dot-product attention. On CPU and on GPUs; slower there than `te`, and the reference for it.
     """
 
+    Options = TorchLocalOptions
     contract = ">=1.0,<2"
+
+    def __init__(self, options: TorchLocalOptions | None = None) -> None:
+        self.options = options or TorchLocalOptions()
+        if self._of_apex():
+            self.stand_in = "torch_local"  # with its defaults: `check` builds without a GPU and without apex
+
+    def _of_apex(self) -> list[tuple[str, str]]:
+        """(option, extension of apex that it needs) of what was chosen."""
+        wanted = {
+            ("norm", "fused_layer_norm_cuda"): self.options.norm == "apex",
+            ("fused_weight_gradient", "fused_weight_gradient_mlp_cuda"): self.options.fused_weight_gradient,
+        }
+        return [option for option, chosen in wanted.items() if chosen]
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
         """Tells core, which otherwise assumes TransformerEngine."""
-        return {"model.transformer_impl": "local", "model.persist_layer_norm": False}
+        return {
+            "model.transformer_impl": "local",
+            "model.persist_layer_norm": False,
+            "model.gradient_accumulation_fusion": self.options.fused_weight_gradient,
+        }
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
-        """Settings that torch's norms and attention don't have."""
+        """Settings that torch's norms and attention don't have, and kernels that aren't here."""
         from dsplugins.plugins.backend.sdpa import unmet
 
+        for option, extension in self._of_apex():
+            yield from apex.chosen(f"plugins.torch_local.{option}", plan, extension)
         for key, message in unmet(settings.model).items():
             yield Problem(message, key=key, remedy="change it, or name the backend te")
         yield from _recomputed_norms(settings.model)
@@ -57,7 +90,11 @@ class TorchLocal:
         """The provider that attention, MLPs, experts and MTP are built from."""
         from dsplugins.plugins.backend.local_provider import TorchLocalProvider
 
-        return TorchLocalProvider()
+        if self.options.norm == "torch":
+            return TorchLocalProvider()
+        from dsplugins.plugins.backend.apex_norm import ApexNorm
+
+        return TorchLocalProvider(ApexNorm)
 
 
 def _recomputed_norms(config: MLATransformerConfig) -> Iterable[Problem]:

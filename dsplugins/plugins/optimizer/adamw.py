@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dsplugins import apex
 from dsplugins.contracts import Problem
 from dsplugins.hookspecs import hookimpl
 from dsplugins.plugins.optimizer import overlap
@@ -38,7 +39,10 @@ class AdamWOptions:
     did: section 3.2). False keeps them all on each rank."""
     fused: bool | None = None
     """Use torch's fused kernel, which goes through memory once instead of a dozen times; FP32 moments
-    only. It rounds differently from the unfused one. Null: wherever moments are FP32."""
+    only. It rounds differently from the unfused one. Null: wherever moments are FP32, with torch's kernel."""
+    kernel: Literal["torch", "apex"] = "torch"
+    """Whose AdamW makes the step: torch's, or NVIDIA apex's, which takes all tensors at once, on GPUs and
+    with FP32 moments. Checkpoints are the same with either."""
     overlap_grad_reduce: bool = False
     """Sum gradients over the data-parallel ranks while the last micro-batch's backward still runs: a bucket
     of `ddp.bucket_size` elements starts on its way as soon as its last gradient is there. Pays where a step
@@ -53,8 +57,8 @@ class AdamW:
     """AdamW through megatron-core's optimizer wrappers, with torch's arithmetic on every machine.
 
     megatron-core takes the Adam class of Transformer Engine or Apex where one is installed; here the
-    class inside the wrapper is always torch's `AdamW` (or `Bf16MomentsAdamW`), so that what is
-    installed never decides. Source: arXiv 2412.19437, sections 3.3.3 and 4.2;
+    class inside the wrapper is torch's `AdamW` (or `Bf16MomentsAdamW`) unless `kernel` says otherwise:
+    what is installed never decides. Source: arXiv 2412.19437, sections 3.3.3 and 4.2;
     megatron/core/optimizer/__init__.py.
     """
 
@@ -98,6 +102,8 @@ class AdamW:
                     key=f"optimizer.{field}",
                     remedy="remove it; for BF16 moments set plugins.adamw.moments: bf16",
                 )
+        if self.options.kernel == "apex":
+            yield from self._apex_problems(plan)
         if self.options.moments == "bf16":
             yield from self._bf16_problems(settings.optimizer)
         yield from overlap.problems(self.options, plan, settings)
@@ -113,6 +119,13 @@ class AdamW:
                 key="plugins.adamw.no_decay",
                 remedy="a shell pattern on names such as decoder.layers.0.mlp.router.weight, or vectors",
             )
+
+    def _apex_problems(self, plan: Plan) -> Iterable[Problem]:
+        key = "plugins.adamw.kernel"
+        yield from apex.chosen(key, plan, "amp_C")
+        if self.options.moments == "bf16" or self.options.fused:
+            other = "moments=bf16" if self.options.moments == "bf16" else "fused=true"
+            yield Problem(f"{key}=apex has no {other}", key, "drop one of the two")
 
     def _bf16_problems(self, config: OptimizerConfig) -> Iterable[Problem]:
         if self.options.fused:
@@ -140,8 +153,15 @@ class AdamW:
             chunks,
             moments=self.options.moments,
             no_decay=self.options.no_decay,
-            fused=self.options.moments == "fp32" if self.options.fused is None else self.options.fused,
+            fused=self._fused(),
+            kernel=self.options.kernel,
         )
+
+    def _fused(self) -> bool:
+        """Whether torch's fused kernel makes the step."""
+        if self.options.fused is None:
+            return self.options.moments == "fp32" and self.options.kernel == "torch"
+        return self.options.fused
 
 
 def _numbers(config: Any) -> Iterable[Problem]:

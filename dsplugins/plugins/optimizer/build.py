@@ -28,6 +28,7 @@ def build_optimizer(
     moments: Literal["fp32", "bf16"] = "fp32",
     no_decay: Sequence[str] = ("vectors",),
     fused: bool = False,
+    kernel: Literal["torch", "apex"] = "torch",
 ) -> MegatronOptimizer:
     """The optimizer over DDP-wrapped `chunks`; collective over all ranks.
 
@@ -49,7 +50,7 @@ def build_optimizer(
     )
     parts = list(leaves(optimizer))
     for part in parts:
-        _choose_class(part, config, moments, fused)
+        _choose_class(part, config, moments, fused, kernel)
     _gather_once(parts)
     return optimizer
 
@@ -146,7 +147,9 @@ def _gloo_groups_exist() -> bool:
     return True
 
 
-def _choose_class(part: MegatronOptimizer, config: OptimizerConfig, moments: str, fused: bool) -> None:
+def _choose_class(
+    part: MegatronOptimizer, config: OptimizerConfig, moments: str, fused: bool, kernel: str
+) -> None:
     """Put our Adam in the place of the one that megatron-core picked from what is installed."""
     picked = part.optimizer.param_groups
     settings = {
@@ -160,6 +163,10 @@ def _choose_class(part: MegatronOptimizer, config: OptimizerConfig, moments: str
     inner: torch.optim.Optimizer
     if moments == "bf16":
         inner = Bf16MomentsAdamW(empty, **settings)
+    elif kernel == "apex":
+        from dsplugins.plugins.optimizer.apex_adamw import ApexAdamW
+
+        inner = ApexAdamW(empty, **settings)
     else:
         inner = torch.optim.AdamW(empty, **settings, fused=fused)
     for ours, theirs in zip(inner.param_groups, picked, strict=True):

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -420,3 +422,41 @@ def test_contradictions_are_refused(single):
         build_optimizer(OptimizerConfig(bf16=True, use_distributed_optimizer=True), [chunk])
     with pytest.raises(ValueError, match=r"optimizer\.bf16"):
         build_optimizer(OptimizerConfig(), [chunk])
+
+
+@pytest.fixture
+def nvidias(monkeypatch):
+    """A stand-in for NVIDIA's apex; megatron-core isn't told of it."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "nvidia"))
+    yield
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] == "apex" or name.endswith(".apex_adamw"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_apexs_kernel_follows_the_same_formula(single, nvidias, zero):
+    chunk, optimizer = build(zero=zero, kernel="apex")
+    from apex.optimizers import FusedAdam
+
+    assert all(isinstance(part.optimizer, FusedAdam) for part in optimizer.chained_optimizers)
+    train(chunk, optimizer, range(5))
+    for name, ours, theirs in zip(NAMES, weights(chunk), reference(range(5)), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7), name
+    states = [s for part in optimizer.chained_optimizers for s in part.optimizer.state.values()]
+    assert {state["step"].item() for state in states} == {5.0} and len(states) == 5
+    assert not any("step" in g for part in optimizer.chained_optimizers for g in part.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_run_with_apexs_kernel_resumes(single, nvidias, zero):
+    whole, resumed, _ = resume(zero, kernel="apex")
+    for name, ours, theirs in zip(NAMES, resumed, whole, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_apexs_kernel_excludes_others(nvidias):
+    assert problems({"kernel": "apex", "moments": "bf16"}) == ["plugins.adamw.kernel"]
+    assert problems({"kernel": "apex", "fused": True}) == ["plugins.adamw.kernel"]
+    assert problems({"kernel": "apex"}) == []

@@ -1,0 +1,39 @@
+"""Whether the `apex` installed here is NVIDIA's: the index's package of that name is a web toolkit."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+from dsplugins.contracts import Plan, Problem
+
+REMEDY = (
+    "it is in NVIDIA's container images (github.com/NVIDIA/apex); `pip install apex` brings another package"
+)
+
+
+def nvidias() -> bool | None:
+    """True for NVIDIA's, False for another package, None for none. Imports nothing of it."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return any(
+        (folder / part).exists() for folder in folders for part in ("multi_tensor_apply", "optimizers")
+    )
+
+
+def chosen(key: str, plan: Plan, extension: str) -> Iterable[Problem]:
+    """What stands against the option `key`, which takes `extension`, a module that is built with apex."""
+    if plan.slots.get("platform") == "cpu":
+        yield Problem(f"{key} needs CUDA, but the platform is cpu", key, "leave it out, or platform cuda")
+    if not nvidias():
+        found = "isn't installed here" if nvidias() is None else "isn't the `apex` that is installed here"
+        yield Problem(f"{key} needs NVIDIA's apex, which {found}", key, REMEDY, kind="environment")
+    elif importlib.util.find_spec(extension) is None:
+        said = f"{key} needs apex's CUDA extension {extension}, which isn't built here"
+        yield Problem(said, key, "build apex with its C++ and CUDA extensions", kind="environment")
+
+
+__all__ = ["chosen", "nvidias"]

@@ -1,0 +1,1 @@
+"""An extension of apex that is there and does nothing."""

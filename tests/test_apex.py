@@ -1,0 +1,132 @@
+"""NVIDIA's apex is taken where an option says so and nowhere else; a package of the same name is not it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+NVIDIA = Path(__file__).parent / "nvidia"
+CUDA = SimpleNamespace(slots={"platform": "cuda"})
+
+
+@pytest.fixture
+def nvidias(monkeypatch):
+    """A stand-in with NVIDIA's interface, forgotten afterwards."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(NVIDIA))
+    yield
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] == "apex" or ".apex_" in name:
+            del sys.modules[name]
+
+
+def found(key="plugins.adamw.kernel", plan=CUDA, extension="amp_C"):
+    from dsplugins import apex
+
+    return [problem.message for problem in apex.chosen(key, plan, extension)]
+
+
+def test_what_is_missing_is_told(monkeypatch, tmp_path, nvidias):
+    assert found() == []
+    assert found(plan=SimpleNamespace(slots={"platform": "cpu"})) == [
+        "plugins.adamw.kernel needs CUDA, but the platform is cpu"
+    ]
+    assert found(extension="not_built") == [
+        "plugins.adamw.kernel needs apex's CUDA extension not_built, which isn't built here"
+    ]
+
+
+def test_another_package_of_that_name_is_not_it(monkeypatch, tmp_path):
+    assert found() == ["plugins.adamw.kernel needs NVIDIA's apex, which isn't installed here"]
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('never imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert found() == [
+        "plugins.adamw.kernel needs NVIDIA's apex, which isn't the `apex` that is installed here"
+    ]
+
+
+def test_options_are_checked_where_they_stand(nvidias):
+    from dsplugins.plugins.backend.torch_local import TorchLocal, TorchLocalOptions
+
+    plain, chosen = TorchLocal(), TorchLocal(TorchLocalOptions(norm="apex", fused_weight_gradient=True))
+    field = "model.gradient_accumulation_fusion"
+    assert plain.ds_settings(CUDA)[field] is False and chosen.ds_settings(CUDA)[field] is True
+    assert chosen.stand_in == "torch_local" and not hasattr(plain, "stand_in")
+    assert [option for option, _ in chosen._of_apex()] == ["norm", "fused_weight_gradient"]
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+def test_norms_are_apexs_with_our_marks(single, nvidias, kind):
+    import torch
+    from megatron.core.transformer import TransformerConfig
+
+    from dsplugins.plugins.backend.norm import Norm
+    from dsplugins.plugins.backend.torch_local import TorchLocal, TorchLocalOptions
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=24,
+        num_attention_heads=2,
+        normalization=kind,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+    )
+    made = TorchLocal(TorchLocalOptions(norm="apex")).ds_backend(config).layer_norm()(config, 24, 1e-6)
+    import apex.normalization
+
+    assert isinstance(made, getattr(apex.normalization, f"Fused{kind}"))
+    assert all(p.dtype == torch.bfloat16 and p.sequence_parallel is False for p in made.parameters())
+    x = torch.randn(5, 24).bfloat16()
+    assert torch.equal(made(x), Norm(config, 24, 1e-6)(x))
+
+
+def test_weight_gradients_are_added_in_the_product(single, nvidias, monkeypatch):
+    """Core's linear hands its buffer to apex's kernel; the sum is that of the plain one."""
+    import fused_weight_gradient_mlp_cuda as kernel
+    import torch
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer import TransformerConfig
+
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", kernel, raising=False)
+    gradients = []
+    for fused in (False, True):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=2,
+            gradient_accumulation_fusion=fused,
+            use_cpu_initialization=True,
+        )
+        torch.manual_seed(0)
+        linear = layers.ColumnParallelLinear(
+            8, 6, config=config, init_method=torch.nn.init.normal_, bias=False
+        )
+        linear.weight.main_grad = torch.ones(6, 8)
+        linear.weight.grad_added_to_main_grad = False
+        linear(torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(1)))[0].square().sum().backward()
+        gradients.append(linear.weight.main_grad if fused else 1 + linear.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-6)
+
+
+def test_its_presence_decides_nothing():
+    """Two steps of the tiny run, with NVIDIA's apex and without, in processes of their own: the same bits."""
+    line = (
+        "from dsplugins.testing import world; from runs import trained; import torch.distributed as dist;"
+        "world.prepare_cpu(); dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1);"
+        "rows = trained(['train.steps=2'])['rows'];"
+        "print([(row['loss'], row['grad_norm']) for row in rows])"
+    )
+    said = []
+    for path in ([], [str(NVIDIA)]):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(Path(__file__).parent)])}
+        done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines()[-1])
+    assert said[0] == said[1] and "(" in said[0]
