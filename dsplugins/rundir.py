@@ -30,7 +30,7 @@ FILES = (
         "plugins.lock.json",
         "changes.jsonl",
     ),
-    *("built.json", "run.json"),
+    *("built.json", "run.json", "bytes_on_wire.json", "fp8_monitor.json", "report.html"),
 )
 STOPPED = 75
 """Exit code of a rank that stopped early, as it was asked to: no failure."""
@@ -77,42 +77,64 @@ class RunDirectory:
         except OSError as error:
             raise self._unfit(error) from error
 
-    def start(self, recipe: Recipe, plugins: Plugins) -> None:
+    def start(self, recipe: Recipe, plugins: Plugins, fresh: bool = False) -> None:
         """Clear what an earlier run left, and write what this one was started with.
 
+        Dumps of numbers that weren't finite are wanted after such a run, and go only if it is to be `fresh`.
         Raises EnvironmentUnfit if the folder can't be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._clear()
+            self._clear(fresh)
             self._describe(recipe, plugins)
             (self.path / "metrics.jsonl").write_text("")
         except OSError as error:
             raise self._unfit(error) from error
-        if (self.status() or {}).get("time", 0.0) < self._opened:  # torchrun has nobody to announce a run
+        self._announced()
+
+    def _announced(self) -> None:
+        """Replace the `status.json` of an earlier attempt: torchrun has nobody to announce a run."""
+        if (self.status() or {}).get("time", 0.0) < self._opened:
             self.announce()
 
     def go_on(self, recipe: Recipe, plugins: Plugins, step: int, changed: Sequence[str]) -> None:
-        """Rewind to `step` and note in `changes.jsonl` what is `changed` from there on."""
-        self._rewind(step)
-        if changed:
-            with (self.path / "changes.jsonl").open("a") as file:
-                noted = {"time": time.time(), "after_step": step, "changes": list(changed)}
-                file.write(json.dumps(noted) + "\n")
-        self._describe(recipe, plugins)
+        """Rewind to `step` and note in `changes.jsonl` what is `changed` from there on.
+
+        Raises EnvironmentUnfit if the folder can't be written.
+        """
+        try:
+            self._rewind(step)
+            if changed:
+                self._append(
+                    "changes.jsonl", {"time": time.time(), "after_step": step, "changes": [*changed]}
+                )
+            self._describe(recipe, plugins)
+        except OSError as error:
+            raise self._unfit(error) from error
+        self._announced()
 
     def _describe(self, recipe: Recipe, plugins: Plugins) -> None:
         """What the run is made from."""
-        (self.path / "recipe.yaml").write_text(recipe.as_given())
-        (self.path / "recipe.resolved.yaml").write_text(recipe.resolved())
+        self._put("recipe.yaml", recipe.as_given())
+        self._put("recipe.resolved.yaml", recipe.resolved())
         lock = {"plugins": plugins.lock(), "versions": versions()}
-        (self.path / "plugins.lock.json").write_text(json.dumps(lock, indent=1, default=str) + "\n")
+        self._put("plugins.lock.json", json.dumps(lock, indent=1, default=str) + "\n")
 
-    def _clear(self) -> None:
+    def _put(self, name: str, text: str) -> None:
+        """A whole file, or the one that was there before: whoever is killed here leaves no half of one."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, self.path / name)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _clear(self, dumps: bool) -> None:
         """Remove the run that is here, and nothing else."""
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
-        for name in ("plots", "tensorboard", "not_finite"):
+        for name in ("plots", "tensorboard", *(["not_finite"] if dumps else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _rewind(self, step: int) -> None:
@@ -122,18 +144,25 @@ class RunDirectory:
         (self.path / "run.json").unlink(missing_ok=True)
 
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Write a JSON file of the run."""
-        (self.path / name).write_text(json.dumps(facts, indent=1) + "\n")
+        """Write a JSON file of the run. Raises EnvironmentUnfit if that can't be done."""
+        try:
+            self._put(name, json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            raise self._unfit(error) from error
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one step to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one step to `metrics.jsonl`. Raises EnvironmentUnfit if that can't be done."""
+        try:
+            self._append("metrics.jsonl", row)
+        except OSError as error:
+            raise self._unfit(error) from error
 
     def log_evaluation(self, row: Mapping[str, Any]) -> None:
-        """Append one evaluation to `evaluations.jsonl`."""
-        with (self.path / "evaluations.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one evaluation to `evaluations.jsonl`. Raises EnvironmentUnfit if that can't be done."""
+        try:
+            self._append("evaluations.jsonl", row)
+        except OSError as error:
+            raise self._unfit(error) from error
 
     def evaluated(self) -> set[int]:
         """Steps that `evaluations.jsonl` has."""
@@ -163,9 +192,7 @@ class RunDirectory:
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
         """Whole or not at all."""
-        partial = self.path / "status.json.partial"
-        partial.write_text(json.dumps({**status, "time": time.time()}, indent=1) + "\n")
-        os.replace(partial, self.path / "status.json")
+        self._put("status.json", json.dumps({**status, "time": time.time()}, indent=1) + "\n")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -179,7 +206,9 @@ class RunDirectory:
             os.close(folder)
 
     def _unfit(self, error: OSError) -> EnvironmentUnfit:
-        return EnvironmentUnfit(f"run.directory {self.path} can't be written: {error.strerror}")
+        kept = sorted((self.path / "checkpoints").glob("step-*[0-9]"))
+        goes_on = f"; make room, and the same command goes on from {kept[-1]}" if kept else ""
+        return EnvironmentUnfit(f"run.directory {self.path} can't be written: {error.strerror}{goes_on}")
 
 
 def _cut(file: Path, step: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ import torch.distributed as dist
 from dsplugins.checkpoint import store
 from dsplugins.checkpoint.pieces import Piece, optimizer_steps, pieces, set_optimizer_steps
 from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.manager import HookFailure
 from dsplugins.model import gather_weights
 from dsplugins.rundir import versions
 from dsplugins.step import Progress
@@ -30,7 +34,8 @@ class Saver:
     def __init__(self, run: Assembly, folder: Path) -> None:
         self._run, self._folder, self._options = run, folder, run.plan.save
         # A group of its own: a background save must not meet the loop's collectives on the wire.
-        self._group: Any = dist.new_group(backend="gloo")
+        timeout = timedelta(minutes=run.plan.run.timeout_minutes)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[store.Checkpoint] | None = None
         self._saved_at = time.monotonic()
@@ -91,29 +96,39 @@ class Saver:
         elapsed = time.monotonic() - self._saved_at
         return by_steps or bool(self._options.minutes) and elapsed >= 60 * self._options.minutes
 
-    def save(self, progress: Progress) -> None:
-        """Save; in the background if the recipe says so. A failure of the last one is raised here."""
+    def save(self, progress: Progress) -> str | None:
+        """Save; in the background if the recipe says so. What went wrong with the last one, or None.
+
+        After a failure this one is made in the foreground: what was in the way may be gone, and if it isn't,
+        EnvironmentUnfit is raised here.
+        """
         if progress.steps == self._step:
-            return
-        self.wait()
+            return None
+        failure = self._last_failure()
         self._saved_at, self._step = time.monotonic(), progress.steps
         facts = {
             "progress": vars(progress),
             "optimizer_steps": optimizer_steps(self._run.chunks, self._run.optimizer),
             "layout": vars(self._run.plan.layout),
-            "plugins": {
-                name: {"version": state.version, "state": dict(state.save())}
-                for name, state in self._states.items()
-            },
+            "plugins": {name: _state(name, state) for name, state in self._states.items()},
             "versions": versions(),
         }
         gather_weights(self._run.chunks)
         held = self._pieces()
-        if self._options.asynchronous:
+        if self._options.asynchronous and failure is None:
             held = [replace(piece, data=piece.data.to("cpu", copy=True)) for piece in held if piece.main]
             self._writing = self._writer.submit(self._write, progress.steps, held, facts)
         else:
             self._write(progress.steps, held, facts)
+        return failure
+
+    def _last_failure(self) -> str | None:
+        """What went wrong with the save in the background, the same on all ranks."""
+        try:
+            self.wait()
+        except EnvironmentUnfit as error:
+            return str(error)
+        return None
 
     def wait(self) -> None:
         """Until nothing is being written; raises what went wrong. On all ranks or on none."""
@@ -144,8 +159,17 @@ class Saver:
                 f"{kept or 'the start, as no checkpoint was finished before'}"
             ) from error
         if self._run.rank == 0:
-            store.prune(self._folder, self._options.keep, self._options.keep_every)
+            with suppress(OSError):  # the new one counts; what is left of an old one goes at the next start
+                store.prune(self._folder, self._options.keep, self._options.keep_every)
         return checkpoint
+
+
+def _state(name: str, state: PluginState) -> dict[str, Any]:
+    """A plugin's state as it is now, a copy. Raises HookFailure for what JSON can't hold."""
+    try:
+        return {"version": state.version, "state": json.loads(json.dumps(dict(state.save())))}
+    except (TypeError, ValueError) as error:
+        raise HookFailure(name, "ds_state", error) from error
 
 
 __all__ = ["Saver"]

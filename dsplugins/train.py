@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsplugins import changes, environment, process_group
-from dsplugins.contracts import Evaluation, RunEnd, Step, Train
+from dsplugins.contracts import EnvironmentUnfit, Evaluation, RunEnd, Step, Train
 from dsplugins.manager import HookFailure
 from dsplugins.plan import prepare
 from dsplugins.quiet import quiet
@@ -66,30 +66,37 @@ class Loop:
         """Train to the end of the recipe, look at the result, and leave the process group.
 
         Goes on from the newest good checkpoint. Raises Stopped when a signal asked for it: the step is
-        finished then and a checkpoint written.
+        finished then and a checkpoint written. Signals are heard from the first step to the end.
+        """
+        progress = self._begin(recipe, fresh)
+        self.display.bar(self.plan.train.steps or 0)
+        with Wishes().heard() as wishes:
+            progress = self._steps(progress, wishes)
+            self.display.stop_bar()
+            if self.plan.evaluate.sequences:
+                self._evaluate(progress.steps)
+            self.saver.close()
+            self._finish(progress.steps)
+
+    def _steps(self, progress: Progress, wishes: Wishes) -> Progress:
+        """Every step that is left. A wish to stop is met after the next one, and not after the last: what is
+        left then is to finish.
         """
         from dsplugins.step import take_step
 
-        progress = self._begin(recipe, fresh)
-        self.display.bar(self.plan.train.steps or 0)
         over = _over(self.plan.train, progress.steps, progress.tokens)
         if self._owed(progress.steps, over):
             self._evaluate(progress.steps)
-        with Wishes().heard() as wishes:
-            while not over:
-                step = take_step(self.assembly, progress)
-                progress = progress.after(step)
-                over = _over(self.plan.train, step.step, step.tokens)
-                self._report(step, over)
-                self._refuse_not_finite(step, progress)
-                self._save(progress, wishes.stop, over)
-                if self._due(step.step, over):
-                    self._evaluate(step.step)
-        self.display.stop_bar()
-        if self.plan.evaluate.sequences:
-            self._evaluate(progress.steps)
-        self.saver.close()
-        self._finish(progress.steps)
+        while not over:
+            step = take_step(self.assembly, progress)
+            progress = progress.after(step)
+            over = _over(self.plan.train, step.step, step.tokens)
+            self._report(step, over)
+            self._refuse_not_finite(step, progress)
+            self._save(progress, wishes.stop, over)
+            if self._due(step.step, over):
+                self._evaluate(step.step)
+        return progress
 
     def _due(self, step: int, over: bool) -> bool:
         """Whether to look at the validation split after `step`; after the last one it is looked at anyway."""
@@ -119,7 +126,8 @@ class Loop:
             self.directory.go_on(recipe, self.plugins, progress.steps, changed)
             told += (f"accepted: {change}" for change in changed)
         elif self.leads:
-            self.directory.start(recipe, self.plugins)
+            told += self._lost(fresh)
+            self.directory.start(recipe, self.plugins, fresh)
         facts = self._facts()
         built = [vars(kind) for kind in describe_run(self.assembly.settings.model, self.assembly.chunks)]
         if self.leads:
@@ -128,6 +136,22 @@ class Loop:
         for line in told:
             self.display.say(line)
         return progress
+
+    def _lost(self, fresh: bool) -> list[str]:
+        """What is told of steps that were taken here and left no checkpoint.
+
+        Raises EnvironmentUnfit where the folder of checkpoints is gone: starting over would clear the rest.
+        """
+        taken = self.directory.steps() if self.directory.begun() and not fresh else 0
+        if not taken:
+            return []
+        folder = self.directory.path / "checkpoints"
+        if self.plan.save.every and taken > self.plan.save.every and not folder.exists():
+            raise EnvironmentUnfit(
+                f"{taken} steps were taken in {self.directory.path}, and {folder} is gone: bring it back, "
+                "or start over with --fresh"
+            )
+        return [f"{taken} steps were taken here before and no checkpoint was finished: starting over"]
 
     def _refuse_not_finite(self, step: Step, progress: Progress) -> None:
         """Raise NotFinite, with a dump of every rank, unless the recipe says to skip such steps."""
@@ -152,8 +176,8 @@ class Loop:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         stop, save = (bool(flag) for flag in flags.tolist())
         stop = stop and not over
-        if save or stop:
-            self.saver.save(progress)
+        if (save or stop) and (failure := self.saver.save(progress)):
+            self.display.say(f"{failure}; step {progress.steps} is saved now")
         if stop:
             self.saver.close()
             at = f"step {progress.steps}, saved in {self.saver.newest()}"

@@ -134,3 +134,63 @@ def test_a_plugins_number_never_takes_the_place_of_another():
     for key in ("loss", "mine"):
         with pytest.raises(HookFailure, match=f"plugin two failed in ds_step_end.*{key}"):
             add(row, "two", {key: 2.0})
+
+
+class Described:
+    """A recipe and its plugins, as far as a run directory writes them down."""
+
+    def __init__(self, text="a: 1\n"):
+        self.as_given = self.resolved = lambda: text
+
+    def lock(self):
+        return []
+
+
+def test_a_resumed_run_replaces_the_status_of_the_attempt_before(tmp_path, monkeypatch):
+    """Under torchrun nobody announces it: who reads 75 while it runs would start it again for ever."""
+    monkeypatch.delenv("DSPLUGINS_LAUNCHER", raising=False)
+    earlier = RunDirectory(tmp_path)
+    earlier.start(Described(), Described())
+    earlier.end(75, "stopped by SIGTERM")
+    now = RunDirectory(tmp_path)
+    now.go_on(Described(), Described(), 0, [])
+    assert now.status()["code"] is None
+
+
+def test_a_kill_while_a_run_is_described_leaves_what_was_there(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path)
+    run.start(Described(), Described())
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsplugins.rundir.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run._describe(Described("b: 2\n"), Described())
+    assert (tmp_path / "recipe.yaml").read_text() == "a: 1\n"
+    assert json.loads((tmp_path / "plugins.lock.json").read_text())["plugins"] == []
+
+
+@pytest.mark.parametrize("write", ["log", "log_evaluation", "note", "go_on"])
+def test_a_full_disk_is_one_line_with_the_way_on(tmp_path, monkeypatch, write):
+    run = RunDirectory(tmp_path)
+    run.start(Described(), Described())
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000006.partial").mkdir()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "_put", full)
+    monkeypatch.setattr(run, "_append", full)
+    arguments = {"note": ("run.json", {}), "go_on": (Described(), Described(), 0, [])}.get(write, ({},))
+    with pytest.raises(EnvironmentUnfit, match=r"No space left .*; make room, .*step-00000004$") as told:
+        getattr(run, write)(*arguments)
+    assert exits.code_of(told.value) == 4
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_dump_is_kept_unless_the_run_is_to_be_fresh(tmp_path, fresh):
+    (tmp_path / "not_finite").mkdir()
+    RunDirectory(tmp_path).start(Described(), Described(), fresh)
+    assert (tmp_path / "not_finite").exists() is not fresh

@@ -84,3 +84,108 @@ def test_fresh_starts_over_or_says_why_it_cannot(folder, monkeypatch):
             saver(folder, dist.group.WORLD).resume(fresh=True)
     progress, told = saver(folder, dist.group.WORLD).resume(fresh=True)
     assert progress.steps == 0 and told == [] and not folder.exists()
+
+
+class Model(SimpleNamespace):
+    """A run of one rank whose checkpoints hold nothing but facts."""
+
+
+@pytest.fixture
+def writes(single, tmp_path, monkeypatch):
+    """(saver that writes in the background, list of the steps it was asked to write, steps that fail)."""
+    import threading
+
+    import torch.distributed as dist
+
+    from dsplugins import saver as module
+
+    asked, failing = [], set()
+
+    def save(folder, step, held, facts, group):
+        asked.append((step, threading.current_thread() is threading.main_thread()))
+        if step in failing:
+            raise OSError("rank 0: No space left on device: x")
+        return step
+
+    monkeypatch.setattr(module.store, "save", save)
+    monkeypatch.setattr(module, "optimizer_steps", lambda *some: {})
+    monkeypatch.setattr(module, "pieces", lambda *some: [])
+    monkeypatch.setattr(module, "gather_weights", lambda *some: None)
+    options = SimpleNamespace(asynchronous=True, keep=1, keep_every=0, every=0, minutes=0.0)
+    plan = SimpleNamespace(save=options, run=SimpleNamespace(timeout_minutes=1.0), layout=SimpleNamespace())
+    run = Model(plan=plan, rank=0, chunks=[], optimizer=None, plugins=SimpleNamespace(event=lambda name: []))
+    made = module.Saver(run, tmp_path)
+    yield made, asked, failing
+    made._writer.shutdown()
+    dist.destroy_process_group(made._group)
+
+
+def test_a_failure_in_the_background_does_not_cost_the_next_checkpoint(writes):
+    """The one on SIGTERM, say: the disk may have been emptied since."""
+    from dsplugins.step import Progress
+
+    saver, asked, failing = writes
+    failing.add(2)
+    assert saver.save(Progress(steps=2)) is None
+    told = saver.save(Progress(steps=4))
+    assert "checkpoint of step 2" in told and "No space left" in told
+    assert asked == [(2, False), (4, True)], "the second one is made at once, while somebody looks"
+    assert saver.save(Progress(steps=6)) is None
+    saver.close()
+    assert asked[-1] == (6, False)
+
+
+def test_a_disk_that_stays_full_ends_the_run(writes):
+    from dsplugins.step import Progress
+
+    saver, _, failing = writes
+    failing.update((2, 4))
+    saver.save(Progress(steps=2))
+    with pytest.raises(EnvironmentUnfit, match="checkpoint of step 4"):
+        saver.save(Progress(steps=4))
+
+
+def test_an_old_checkpoint_that_cannot_go_ends_nothing(writes, monkeypatch):
+    from dsplugins import saver as module
+    from dsplugins.step import Progress
+
+    def stuck(*some):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(module.store, "prune", stuck)
+    saver, _, _ = writes
+    saver.save(Progress(steps=2))
+    saver.close()
+
+
+def test_state_that_json_cannot_hold_is_its_plugins_fault(writes):
+    from dsplugins.manager import HookFailure
+    from dsplugins.step import Progress
+
+    saver, asked, _ = writes
+    saver._states["mine"] = SimpleNamespace(version=1, save=lambda: {"x": object()})
+    with pytest.raises(HookFailure, match="mine"):
+        saver.save(Progress(steps=2))
+    assert asked == []
+
+
+def lost(path, every, fresh=False):
+    from dsplugins.rundir import RunDirectory
+    from dsplugins.train import Loop
+
+    plan = SimpleNamespace(save=SimpleNamespace(every=every))
+    return Loop._lost(SimpleNamespace(directory=RunDirectory(path), plan=plan), fresh)
+
+
+def test_steps_without_a_checkpoint_are_told(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert lost(tmp_path, 2) == []
+    (tmp_path / "metrics.jsonl").write_text("{}\n" * 3)
+    assert lost(tmp_path, 0) == [
+        "3 steps were taken here before and no checkpoint was finished: starting over"
+    ]
+    assert lost(tmp_path, 2, fresh=True) == []
+    with pytest.raises(EnvironmentUnfit, match="checkpoints is gone: bring it back"):
+        lost(tmp_path, 2)
+    (tmp_path / "checkpoints").mkdir()
+    assert len(lost(tmp_path, 2)) == 1
