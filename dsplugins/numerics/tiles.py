@@ -7,6 +7,7 @@ The scale that is kept multiplies the codes. Imported from hook bodies only: it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,10 @@ SQUARE = (TILE, TILE)
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix [M, K] as E4M3 codes and the scales of its tiles; tiles at the far edges may be smaller."""
+    """A matrix [M, K] as E4M3 codes and the scales of its tiles; tiles at the far edges may be smaller.
+
+    Or E of them, one a packed expert: then both tensors have E as a first dimension.
+    """
 
     codes: torch.Tensor
     """float8_e4m3fn [M, K]."""
@@ -40,7 +44,17 @@ class Quantised:
     @property
     def t(self) -> Quantised:
         """The transpose, [K, M], of the same codes: right for square tiles in any product."""
-        return Quantised(self.codes.t(), self.scales.t(), (self.tile[1], self.tile[0]))
+        return Quantised(self.codes.mT, self.scales.mT, (self.tile[1], self.tile[0]))
+
+    def split(self, rows: Sequence[int]) -> list[Quantised]:
+        """Runs of rows, where a tile is one row high."""
+        parts = zip(self.codes.split(list(rows)), self.scales.split(list(rows)), strict=True)
+        return [Quantised(codes, scales, self.tile) for codes, scales in parts]
+
+    def unbind(self) -> list[Quantised]:
+        """The matrix of each expert."""
+        parts = zip(self.codes.unbind(), self.scales.unbind(), strict=True)
+        return [Quantised(codes, scales, self.tile) for codes, scales in parts]
 
 
 def quantise(

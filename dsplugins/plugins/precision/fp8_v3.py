@@ -69,10 +69,9 @@ class Fp8V3:
     @hookimpl
     def ds_precision(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> BackendSpecProvider:
         """The backend with FP8 linears and experts."""
-        from dsplugins.plugins.precision.fp8 import reference
         from dsplugins.plugins.precision.fp8.provider import Fp8Provider
 
-        return Fp8Provider(backend, self.options.scales, reference.product)
+        return Fp8Provider(backend, self.options.scales, self.options.backend)
 
 
 def _not_swiglu(config: MLATransformerConfig) -> Iterable[Problem]:

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from dsplugins.numerics.tiles import ROW, Quantised, dequantise
+from dsplugins.numerics.tiles import ROW, Quantised
 from dsplugins.numerics.watch import Watch
 from dsplugins.plugins.precision.fp8 import e5m6, products
+from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
 from dsplugins.plugins.precision.fp8.experts import SwigluDown
 from dsplugins.plugins.precision.fp8.rule import Rule, Scales, rule_for
 from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
@@ -34,35 +35,35 @@ class Fp8Product(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         rule: Rule,
-        product: products.Product,
         gathered: Any,
         reduced: Any,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         codes = products.activation(flat, rule)
-        ctx.rule, ctx.product, ctx.shape = rule, product, x.shape
+        ctx.rule, ctx.shape = rule, x.shape
         ctx.gathered, ctx.reduced = gathered, reduced
         ctx.weight = weight  # not a saved tensor: its `main_grad` is added to in backward
         ctx.save_for_backward(*_keep(flat, codes, rule))
-        y = products.output(product, _gather(codes, gathered), weight, rule).to(x.dtype)
+        whole = _gather(codes, gathered)
+        y = products.output(whole, weight, [whole.codes.shape[0]], rule, x.dtype)
         return y.view(-1, *x.shape[1:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        rule, product, weight = ctx.rule, ctx.product, ctx.weight
+        rule, weight = ctx.rule, ctx.weight
         flat = dy.reshape(-1, dy.shape[-1])
+        all_tokens = [flat.shape[0]]
         dx = dw = None
         wait: Callable[[], object] = _nothing
         if ctx.needs_input_grad[0]:
             dy_codes = products.gradient(flat, rule)
-            dx = products.input_gradient(product, dy_codes, weight, rule).to(dy.dtype)
+            dx = products.input_gradient(dy_codes, weight, all_tokens, rule, dy.dtype)
             dx, wait = _reduce(dx, ctx.gathered, ctx.reduced)
         if ctx.needs_input_grad[1]:
             x = _kept(ctx.saved_tensors, rule, ctx.gathered, weight.shape[1])
-            dw = products.weight_gradient(product, flat, x, rule)
-            dw = products.deliver(weight, dw)
+            dw = products.deliver(weight, products.weight_gradient(flat, x, all_tokens, rule))
         wait()
-        return (dx if dx is None else dx.view(ctx.shape)), dw, None, None, None, None
+        return (dx if dx is None else dx.view(ctx.shape)), dw, None, None, None
 
 
 def _nothing() -> None:
@@ -77,11 +78,11 @@ def _keep(x: torch.Tensor, codes: Quantised, rule: Rule) -> tuple[torch.Tensor, 
     return packed.bytes, packed.scales
 
 
-def _kept(saved: tuple[torch.Tensor, ...], rule: Rule, group: Any, columns: int) -> torch.Tensor:
-    """The whole input as backward sees it: FP32 [T, K]."""
+def _kept(saved: tuple[torch.Tensor, ...], rule: Rule, group: Any, columns: int) -> torch.Tensor | Quantised:
+    """The whole input [T, K] as backward sees it."""
     codes, scales = (_gathered(part, group) for part in saved)
     if rule.keeps == "e4m3":
-        return dequantise(Quantised(codes, scales, ROW))
+        return Quantised(codes, scales, ROW)
     return e5m6.unpack(e5m6.Packed(codes, scales, columns))
 
 
@@ -118,14 +119,16 @@ class _Fp8Linear:
     """What both linears share: core's own class calls `_forward_impl` for its product, and only for that."""
 
     scales: ClassVar[Scales] = "report"
-    product: ClassVar[Any]
-    """(the function, wrapped so that it is no method: `(reference.product,)`)."""
+    arithmetic: ClassVar[Arithmetic]
     rule: Rule | None
 
     @property
     def watches(self) -> Mapping[str, Watch]:
         """See `Watch`; nothing where the linear stays in BF16."""
         return {} if self.rule is None else {"": self.rule.watch}
+
+    def _rule(self, name: str | None, routed: bool) -> Rule | None:
+        return rule_for(name or "", routed, self.scales, self.arithmetic)
 
     def _forward_impl(
         self,
@@ -153,7 +156,6 @@ class _Fp8Linear:
             input,
             weight,
             self.rule,
-            self.product[0],
             tp_group if sequence_parallel else None,
             tp_group if allreduce_dgrad else None,
         )
@@ -162,7 +164,7 @@ class _Fp8Linear:
     def _down(self, input: SwigluInput, weight: torch.Tensor, rule: Rule) -> torch.Tensor:
         """The down-projection of an expert that leaves SwiGLU to it."""
         inner = input.inner.reshape(-1, input.inner.shape[-1])
-        y = SwigluDown.apply(inner, input.probs, weight, [inner.shape[0]], rule, self.product[0])
+        y = SwigluDown.apply(inner, input.probs, weight, [inner.shape[0]], rule)
         return y.view(*input.inner.shape[:-1], weight.shape[0])
 
 
@@ -171,7 +173,7 @@ class Fp8ColumnParallelLinear(_Fp8Linear, ColumnParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rule = rule_for(kwargs.get("tp_comm_buffer_name") or "", self.is_expert, self.scales)
+        self.rule = self._rule(kwargs.get("tp_comm_buffer_name"), self.is_expert)
 
 
 class Fp8RowParallelLinear(_Fp8Linear, RowParallelLinear):
@@ -179,4 +181,4 @@ class Fp8RowParallelLinear(_Fp8Linear, RowParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rule = rule_for(kwargs.get("tp_comm_buffer_name") or "", self.is_expert, self.scales)
+        self.rule = self._rule(kwargs.get("tp_comm_buffer_name"), self.is_expert)

@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
+from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
 from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
 from dsplugins.plugins.precision.fp8.rule import Scales, rule_for
 from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
@@ -35,19 +36,18 @@ class Fp8SharedExpertMLP(SharedExpertMLP, Fp8ExpertMLP):
 class Fp8GroupedProducts:
     """The two products of packed experts; see `contracts.GroupedProducts`."""
 
-    def __init__(self, scales: Scales, product: Any) -> None:
-        self.product = product
-        up, down = rule_for("fc1", True, scales), rule_for("fc2", True, scales)
+    def __init__(self, scales: Scales, arithmetic: Arithmetic) -> None:
+        up, down = (rule_for(name, True, scales, arithmetic) for name in ("fc1", "fc2"))
         assert up is not None and down is not None
         self.rules = up, down
         self.watches = {"linear_fc1": up.watch, "linear_fc2": down.watch}
 
     def up(self, tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
         """tokens [T, H] times weight [E, 2I, H] transposed: [T, 2I]."""
-        return ExpertsUp.apply(tokens, weight, splits.tolist(), self.rules[0], self.product)
+        return ExpertsUp.apply(tokens, weight, splits.tolist(), self.rules[0])
 
     def down(
         self, inner: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor
     ) -> torch.Tensor:
         """SwiGLU of inner [T, 2I] times probs [T], times weight [E, H, I] transposed: [T, H]."""
-        return SwigluDown.apply(inner, probs, weight, splits.tolist(), self.rules[1], self.product)
+        return SwigluDown.apply(inner, probs, weight, splits.tolist(), self.rules[1])

@@ -1,47 +1,65 @@
-"""The three products of a linear, from operands in FP8 (arXiv 2412.19437, 3.3.1 and 3.3.2).
+"""The three products of linears under a rule (arXiv 2412.19437, 3.3.1 and 3.3.2).
 
-Imported from hook bodies only: it needs torch.
+A plain linear is one expert with all tokens. Imported from hook bodies only: it needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsplugins.numerics.tiles import ROW, SMALLEST_GRADIENT, SQUARE, Quantised, quantise
+from dsplugins.numerics.tiles import SMALLEST_GRADIENT, Quantised, dequantise
+from dsplugins.plugins.precision.fp8 import swiglu
 
 if TYPE_CHECKING:
     from dsplugins.plugins.precision.fp8.rule import Rule
 
-Product = Callable[[Quantised, Quantised], torch.Tensor]
-"""a [M, K] times b [N, K] transposed, FP32 [M, N]; see `reference.product`."""
-
 
 def activation(x: torch.Tensor, rule: Rule, operand: str = "fprop.x") -> Quantised:
     """An input [T, K] in tiles of 128 channels of a token; `operand` is what it is called to who watches."""
-    return rule.watch.saw(operand, x, quantise(x, ROW, rule.input))
+    return rule.watch.saw(operand, x, rule.arithmetic.rows(x, rule.input))
 
 
-def output(product: Product, x: Quantised, weight: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """x [T, K] times `weight` [N, K] transposed: FP32 [T, N]."""
-    return product(x, rule.watch.saw("fprop.w", weight, quantise(weight, SQUARE, rule.weight)))
+def active(inner: torch.Tensor, probs: torch.Tensor | None, rule: Rule) -> Quantised:
+    """SwiGLU of inner [T, 2I] times probs [T] as the input of a linear, [T, I]."""
+    made = rule.arithmetic.swiglu_rows(inner, probs, rule.input)
+    if rule.watch.look is not None:
+        rule.watch.saw("fprop.x", swiglu.forward(inner, probs).to(inner.dtype), made)
+    return made
 
 
-def gradient(dy: torch.Tensor, rule: Rule, operand: str = "dgrad.dy") -> Quantised:
+def gradient(dy: torch.Tensor, rule: Rule) -> Quantised:
     """A gradient of an output [T, N] in tiles of 128 channels of a token."""
-    return rule.watch.saw(operand, dy, quantise(dy, ROW, rule.gradient, SMALLEST_GRADIENT))
+    return rule.watch.saw("dgrad.dy", dy, rule.arithmetic.rows(dy, rule.gradient, SMALLEST_GRADIENT))
 
 
-def input_gradient(product: Product, dy: Quantised, weight: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """dy [T, N] times `weight` [N, K]: FP32 [T, K]. Square tiles serve both directions."""
-    return product(dy, quantise(weight, SQUARE, rule.weight).t)
+def output(x: Quantised, weight: torch.Tensor, splits: Sequence[int], rule: Rule, dtype: Any) -> torch.Tensor:
+    """x [T, K] times each weight [E, N, K] (or the only one's, [N, K]) transposed: [T, N]."""
+    stack = _stack(weight)
+    codes = rule.arithmetic.blocks(stack, rule.weight)
+    _watch(rule, "fprop.w", stack.unbind(), codes.unbind())
+    return rule.arithmetic.product(x, codes, splits, dtype)
 
 
-def weight_gradient(product: Product, dy: torch.Tensor, x: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """dy [T, N] transposed times x [T, K]: FP32 [N, K]; both in tiles of 128 tokens of one channel."""
-    return product(gradient(dy.t(), rule, "wgrad.dy"), activation(x.t(), rule, "wgrad.x"))
+def input_gradient(
+    dy: Quantised, weight: torch.Tensor, splits: Sequence[int], rule: Rule, dtype: Any
+) -> torch.Tensor:
+    """dy [T, N] times each weight: [T, K]. Square tiles serve both directions."""
+    codes = rule.arithmetic.blocks(_stack(weight), rule.weight, transposed=True)
+    return rule.arithmetic.product(dy, codes, splits, dtype)
+
+
+def weight_gradient(
+    dy: torch.Tensor, x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule
+) -> torch.Tensor:
+    """dy [T, N] transposed times x [T, K], both in tiles of 128 tokens of a channel: FP32 [E, N, K]."""
+    left = rule.arithmetic.columns(dy, splits, rule.gradient, SMALLEST_GRADIENT)
+    right = rule.arithmetic.columns(x, splits, rule.input)
+    _watch(rule, "wgrad.dy", _runs(dy, splits, rule), left)
+    _watch(rule, "wgrad.x", _runs(x, splits, rule), right)
+    return rule.arithmetic.weight_gradient(left, right)
 
 
 def deliver(weight: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -58,3 +76,22 @@ def deliver(weight: Any, gradient: torch.Tensor) -> torch.Tensor:
     if getattr(weight, "zero_out_wgrad", False):
         return torch.zeros_like(weight)
     return torch.empty_like(weight)
+
+
+def _stack(weight: torch.Tensor) -> torch.Tensor:
+    """[E, N, K]; a plain linear's is the only one."""
+    return weight if weight.dim() == 3 else weight.unsqueeze(0)
+
+
+def _runs(x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule) -> Iterable[torch.Tensor]:
+    """Each run's numbers, transposed; none where nobody looks."""
+    if rule.watch.look is None:
+        return ()
+    numbers = dequantise(x) if isinstance(x, Quantised) else x
+    return [run.t() for run in numbers.split(list(splits))]
+
+
+def _watch(rule: Rule, operand: str, values: Iterable[torch.Tensor], made: Sequence[Quantised]) -> None:
+    if rule.watch.look is not None:
+        for one, codes in zip(values, made, strict=True):
+            rule.watch.saw(operand, one, codes)

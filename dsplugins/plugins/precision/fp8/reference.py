@@ -1,13 +1,56 @@
-"""Products of quantised matrices in plain torch: the meaning that every other backend is held to.
+"""Casts and products in plain torch: the meaning that every other implementation is held to.
 
 Imported from hook bodies only: it needs torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from dsplugins.numerics.tiles import TILE, Quantised
+from dsplugins.numerics.tiles import ROW, SMALLEST_AMAX, SQUARE, TILE, Quantised, dequantise, quantise
+from dsplugins.plugins.precision.fp8 import swiglu
+
+
+class Reference:
+    """See `arithmetic.Arithmetic`. On CPU and CUDA; products are FP32 products of the codes."""
+
+    def rows(self, x: torch.Tensor, power_of_two: bool, smallest: float = SMALLEST_AMAX) -> Quantised:
+        """[T, K] in tiles of 1 x 128."""
+        return quantise(x, ROW, power_of_two, smallest)
+
+    def columns(
+        self,
+        x: torch.Tensor | Quantised,
+        splits: Sequence[int],
+        power_of_two: bool,
+        smallest: float = SMALLEST_AMAX,
+    ) -> Sequence[Quantised]:
+        """Each run transposed, [K, t], in tiles of 1 x 128."""
+        numbers = dequantise(x) if isinstance(x, Quantised) else x
+        return [quantise(run.t(), ROW, power_of_two, smallest) for run in numbers.split(list(splits))]
+
+    def blocks(self, weight: torch.Tensor, power_of_two: bool, transposed: bool = False) -> Quantised:
+        """Each [N, K] in tiles of 128 x 128, which serve both directions."""
+        each = [quantise(one, SQUARE, power_of_two) for one in weight.unbind()]
+        whole = Quantised(torch.stack([q.codes for q in each]), torch.stack([q.scales for q in each]), SQUARE)
+        return whole.t if transposed else whole
+
+    def swiglu_rows(self, inner: torch.Tensor, probs: torch.Tensor | None, power_of_two: bool) -> Quantised:
+        """SwiGLU, then `rows`."""
+        return self.rows(swiglu.forward(inner, probs).to(inner.dtype), power_of_two)
+
+    def product(
+        self, x: Quantised, weights: Quantised, splits: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """One expert after the other."""
+        parts = zip(x.split(splits), weights.unbind(), strict=True)
+        return torch.cat([product(part, weight) for part, weight in parts]).to(dtype)
+
+    def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised]) -> torch.Tensor:
+        """One expert after the other."""
+        return torch.stack([product(*pair) for pair in zip(dy, x, strict=True)])
 
 
 def product(a: Quantised, b: Quantised) -> torch.Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsplugins.numerics.watch import Watch
+
+if TYPE_CHECKING:
+    from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
 
 Scales = Literal["report", "power_of_two"]
 
@@ -15,8 +18,13 @@ KEPT_HIGH = ("mtp_eh_proj",)
 
 @dataclass(frozen=True)
 class Rule:
-    """Of one linear. A flag goes for both directions of a tensor's tiles, along channels and along tokens."""
+    """Of one linear: what computes, and how.
 
+    A flag goes for both directions of a tensor's tiles, along channels and along tokens.
+    """
+
+    arithmetic: Arithmetic
+    """What quantises and multiplies."""
     input: bool = False
     """Power-of-two scales for the input."""
     gradient: bool = False
@@ -29,7 +37,7 @@ class Rule:
     """Sees what is quantised by this rule."""
 
 
-def rule_for(linear: str, routed: bool, scales: Scales) -> Rule | None:
+def rule_for(linear: str, routed: bool, scales: Scales, arithmetic: Arithmetic) -> Rule | None:
     """The rule of a linear, by core's `tp_comm_buffer_name` and whether it is a routed expert's.
 
     The report has power-of-two scales in three places (arXiv 2412.19437, 3.3.3): the input of the linear
@@ -40,6 +48,7 @@ def rule_for(linear: str, routed: bool, scales: Scales) -> Rule | None:
         return None
     everywhere = scales == "power_of_two"
     return Rule(
+        arithmetic,
         input=everywhere or linear == "proj" or (routed and linear == "fc1"),
         gradient=everywhere or (routed and linear == "fc2"),
         weight=everywhere,

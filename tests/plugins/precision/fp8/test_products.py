@@ -8,11 +8,14 @@ import report_fp8 as report
 import torch
 
 from dsplugins.numerics.tiles import ROW, SQUARE, dequantise, quantise
-from dsplugins.plugins.precision.fp8 import products, reference
+from dsplugins.plugins.precision.fp8 import products
 from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
 from dsplugins.plugins.precision.fp8.linear import Fp8Product
+from dsplugins.plugins.precision.fp8.reference import Reference, product
 from dsplugins.plugins.precision.fp8.rule import Rule, rule_for
 
+REFERENCE = Reference()
+PLAIN = Rule(REFERENCE)
 SHAPES = [(64, 128, 256), (130, 200, 300), (1, 7, 5), (257, 128, 129)]
 
 
@@ -35,7 +38,7 @@ def test_each_product_is_exact_up_to_fp32_sums(tokens, inputs, outputs, power_of
         "weight": (quantise(dy.t(), ROW, power_of_two), quantise(x.t(), ROW, power_of_two)),
     }
     for name, (a, b) in quantised.items():
-        got = reference.product(a, b)
+        got = product(a, b)
         assert got.dtype == torch.float32
         bound = 1e-6 * torch.outer(dequantise(a).norm(dim=1), dequantise(b).norm(dim=1)).double()
         assert ((got - exact(a, b)).abs() <= bound + 1e-30).all(), name
@@ -47,11 +50,11 @@ def test_each_product_is_close_to_bf16s(magnitude):
     x = drawn(256, 512, magnitude=magnitude).bfloat16()
     w = drawn(384, 512, seed=1, magnitude=0.02).bfloat16()
     dy = drawn(256, 384, seed=2, magnitude=magnitude).bfloat16()
-    forward = products.output(reference.product, quantise(x, ROW), w, Rule())
+    forward = products.output(quantise(x, ROW), w, [256], PLAIN, torch.float32)
     assert report.difference(forward, (x @ w.t()).float()) < 1e-3
-    gradient = products.input_gradient(reference.product, quantise(dy, ROW), w, Rule())
+    gradient = products.input_gradient(quantise(dy, ROW), w, [256], PLAIN, torch.float32)
     assert report.difference(gradient, (dy @ w).float()) < 1e-3
-    weight = products.weight_gradient(reference.product, dy, x, Rule())
+    weight = products.weight_gradient(dy, x, [len(x)], PLAIN)[0]
     assert report.difference(weight, (dy.t() @ x).float()) < 1e-3
 
 
@@ -61,7 +64,7 @@ def test_a_linear_is_the_report_s_procedure(name, routed, tokens, inputs, output
     """Forward and backward in float32, against the readable version; the only room is FP32's sums."""
     x, w, dy = drawn(tokens, inputs), drawn(outputs, inputs, seed=1), drawn(tokens, outputs, seed=2)
     x.requires_grad_(), w.requires_grad_()
-    y = Fp8Product.apply(x, w, rule_for(name, routed, "report"), reference.product, None, None)
+    y = Fp8Product.apply(x, w, rule_for(name, routed, "report", REFERENCE), None, None)
     y.backward(dy)
     expected = report.linear(
         *(t.detach().numpy() for t in (x, w, dy)),
@@ -78,7 +81,7 @@ def test_a_linear_is_the_report_s_procedure(name, routed, tokens, inputs, output
 def test_the_rules_differ_where_they_are_said_to():
     """Power-of-two scales at three places, E5M6 at one, MTP's `eh_proj` in BF16; V3.1: everywhere."""
     powers = {
-        (name, routed): rule_for(name, routed, "report")
+        (name, routed): rule_for(name, routed, "report", REFERENCE)
         for name in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "qkv", "proj", "fc1", "fc2")
         for routed in (False, True)
         if routed <= name.startswith("fc")
@@ -87,8 +90,10 @@ def test_the_rules_differ_where_they_are_said_to():
     assert {key for key, rule in powers.items() if rule.gradient} == {("fc2", True)}
     assert not any(rule.weight for rule in powers.values())
     assert {key for key, rule in powers.items() if rule.keeps == "e5m6"} == {("proj", False)}
-    assert rule_for("mtp_eh_proj", False, "report") is None
-    assert rule_for("q_up_proj", False, "power_of_two") == Rule(input=True, gradient=True, weight=True)
+    assert rule_for("mtp_eh_proj", False, "report", REFERENCE) is None
+    assert rule_for("q_up_proj", False, "power_of_two", REFERENCE) == Rule(
+        REFERENCE, input=True, gradient=True, weight=True
+    )
 
 
 def test_gradients_have_digits_at_any_size():
@@ -97,9 +102,9 @@ def test_gradients_have_digits_at_any_size():
     results = []
     for size in (1.0, 2.0**-60):
         dy = drawn(64, 128, seed=2) * size
-        codes = products.gradient(dy, Rule())
-        results.append(products.input_gradient(reference.product, codes, w, Rule()) / size)
-        results.append(products.weight_gradient(reference.product, dy, x, Rule()) / size)
+        codes = products.gradient(dy, PLAIN)
+        results.append(products.input_gradient(codes, w, [64], PLAIN, torch.float32) / size)
+        results.append(products.weight_gradient(dy, x, [len(x)], PLAIN)[0] / size)
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
@@ -108,16 +113,16 @@ SPLITS = [40, 0, 130, 1]
 
 def test_grouped_experts_are_one_linear_each():
     """Ragged runs of tokens, one of them empty; bit for bit."""
-    rule = rule_for("fc1", True, "report")
+    rule = rule_for("fc1", True, "report", REFERENCE)
     x, w, dy = drawn(sum(SPLITS), 130), drawn(4, 150, 130, seed=1), drawn(sum(SPLITS), 150, seed=2)
     a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = ExpertsUp.apply(a, b, SPLITS, rule, reference.product)
+    y = ExpertsUp.apply(a, b, SPLITS, rule)
     y.backward(dy)
     start = 0
     for expert, count in enumerate(SPLITS):
         rows = slice(start, start := start + count)
         one, weight = x[rows].clone().requires_grad_(), w[expert].clone().requires_grad_()
-        alone = Fp8Product.apply(one, weight, rule, reference.product, None, None)
+        alone = Fp8Product.apply(one, weight, rule, None, None)
         alone.backward(dy[rows])
         assert torch.equal(y[rows], alone) and torch.equal(a.grad[rows], one.grad)
         assert torch.equal(b.grad[expert], weight.grad)
@@ -125,11 +130,11 @@ def test_grouped_experts_are_one_linear_each():
 
 def test_the_experts_down_projection_is_the_reports():
     """SwiGLU's input is kept in E4M3 and its output made again from that; the rest as any linear."""
-    rule = rule_for("fc2", True, "report")
+    rule = rule_for("fc2", True, "report", REFERENCE)
     inner, probs = drawn(60, 260), torch.rand(60, generator=torch.Generator().manual_seed(3))
     w, dy = drawn(128, 130, seed=1), drawn(60, 128, seed=2)
     leaves = [t.clone().requires_grad_() for t in (inner, probs, w)]
-    SwigluDown.apply(*leaves, [60], rule, reference.product).backward(dy)
+    SwigluDown.apply(*leaves, [60], rule).backward(dy)
 
     kept = report.coded(inner.numpy(), 1, 128)
     # The weight gradient's other operand is the activation itself, made again: never through a row of codes.
@@ -153,9 +158,9 @@ def test_weight_gradients_are_summed_unrounded():
     for seed in (5, 6):
         x = drawn(32, 128, seed=seed).bfloat16().requires_grad_()
         dy = drawn(32, 64, seed=seed + 10).bfloat16()
-        Fp8Product.apply(x, weight, Rule(), reference.product, None, None).backward(dy)
+        Fp8Product.apply(x, weight, PLAIN, None, None).backward(dy)
         seen = dequantise(quantise(x.detach(), ROW))
-        sums += products.weight_gradient(reference.product, dy, seen, Rule())
+        sums += products.weight_gradient(dy, seen, [32], PLAIN)[0]
     assert weight.grad_added_to_main_grad
     assert torch.equal(weight.main_grad, sums)
     assert not torch.equal(sums, sums.bfloat16().float())
@@ -174,7 +179,7 @@ def test_square_tiles_for_gradients_hurt_where_outliers_follow_tokens():
     true = dy.double() @ w.double()
 
     def error(tile):
-        got = products.input_gradient(reference.product, quantise(dy, tile), w, Rule())
+        got = product(quantise(dy, tile), quantise(w, SQUARE).t)
         return ((got - true)[ordinary].norm() / true[ordinary].norm()).item()
 
     by_row, by_square = error(ROW), error(SQUARE)
