@@ -69,6 +69,12 @@ def quantise(
     return Quantised((values / spread(scales, tile, values.shape)).to(E4M3), scales, tile)
 
 
+def unrounded(x: torch.Tensor, tile: tuple[int, int]) -> Quantised:
+    """`x` [..., M, K] as it is in the form of a quantised one: float32 in the place of codes, scales of one."""
+    tiles = [-(-size // of) for size, of in zip(x.shape[-2:], tile, strict=True)]
+    return Quantised(x.float(), x.new_ones(*x.shape[:-2], *tiles, dtype=torch.float32), tile)
+
+
 def dequantise(q: Quantised) -> torch.Tensor:
     """float32 [M, K]: codes times scales."""
     return q.codes.float() * spread(q.scales, q.tile, q.codes.shape)

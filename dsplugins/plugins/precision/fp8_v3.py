@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 class Fp8V3Options:
     """Options of fp8_v3."""
 
-    backend: Literal["reference"] = "reference"
-    """What multiplies. `reference`: plain torch, the exact meaning, on CPU and CUDA."""
+    backend: Literal["reference", "torch", "deepgemm"] = "reference"
+    """What quantises and multiplies. `reference`: plain torch, the exact meaning, on CPU and CUDA. On Hopper,
+    with casts in Triton: `torch`, cuBLAS by `torch.nn.functional.scaled_mm`; `deepgemm`, DeepGEMM's kernels,
+    experts grouped. Never changed on the way: a machine that lacks what was named is refused."""
+    products: tuple[Literal["fprop", "dgrad", "wgrad"], ...] = ("fprop", "dgrad", "wgrad")
+    """Which products take FP8 operands: outputs, gradients of inputs, gradients of weights. The others take
+    theirs as they come (inputs as they are kept for backward), to find out which rounding costs what; with the
+    backend `reference` only."""
     scales: Literal["report", "power_of_two"] = "report"
     """`report`: powers of two in the three places of section 3.3.3, FP32 elsewhere; `power_of_two`:
     everywhere, as DeepSeek-V3.1."""
@@ -62,16 +68,23 @@ class Fp8V3:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
-        """Experts that aren't SwiGLU."""
+        """Experts that aren't SwiGLU; what the backend lacks, of the recipe or of this machine."""
+        from dsplugins.plugins.precision.fp8 import needs
+
         if settings.model.num_moe_experts:
             yield from _not_swiglu(settings.model)
+        if self.options.backend != "reference":
+            yield from needs.of_recipe(self.options, plan, settings)
+            yield from needs.of_machine(self.options.backend)
 
     @hookimpl
     def ds_precision(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> BackendSpecProvider:
         """The backend with FP8 linears and experts."""
         from dsplugins.plugins.precision.fp8.provider import Fp8Provider
+        from dsplugins.plugins.precision.fp8.rule import Choice
 
-        return Fp8Provider(backend, self.options.scales, self.options.backend)
+        options = self.options
+        return Fp8Provider(backend, Choice(options.backend, options.scales, options.products))
 
 
 def _not_swiglu(config: MLATransformerConfig) -> Iterable[Problem]:

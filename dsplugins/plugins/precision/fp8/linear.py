@@ -15,9 +15,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from dsplugins.numerics.tiles import ROW, Quantised
 from dsplugins.numerics.watch import Watch
 from dsplugins.plugins.precision.fp8 import e5m6, products
-from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
 from dsplugins.plugins.precision.fp8.experts import SwigluDown
-from dsplugins.plugins.precision.fp8.rule import Rule, Scales, rule_for
+from dsplugins.plugins.precision.fp8.rule import Choice, Rule, rule_for
 from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
 
 
@@ -72,7 +71,7 @@ def _nothing() -> None:
 
 def _keep(x: torch.Tensor, codes: Quantised, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of this rank's part of the input, in the format of the rule."""
-    if rule.keeps == "e4m3":
+    if rule.keeps == "e4m3" or "wgrad" not in rule.products:
         return codes.codes, codes.scales
     packed = e5m6.pack(x)
     return packed.bytes, packed.scales
@@ -81,7 +80,7 @@ def _keep(x: torch.Tensor, codes: Quantised, rule: Rule) -> tuple[torch.Tensor, 
 def _kept(saved: tuple[torch.Tensor, ...], rule: Rule, group: Any, columns: int) -> torch.Tensor | Quantised:
     """The whole input [T, K] as backward sees it."""
     codes, scales = (_gathered(part, group) for part in saved)
-    if rule.keeps == "e4m3":
+    if rule.keeps == "e4m3" or "wgrad" not in rule.products:
         return Quantised(codes, scales, ROW)
     return e5m6.unpack(e5m6.Packed(codes, scales, columns))
 
@@ -118,8 +117,7 @@ def _waiting(work: dist.Work | None) -> Callable[[], object]:
 class _Fp8Linear:
     """What both linears share: core's own class calls `_forward_impl` for its product, and only for that."""
 
-    scales: ClassVar[Scales] = "report"
-    arithmetic: ClassVar[Arithmetic]
+    choice: ClassVar[Choice] = Choice()
     rule: Rule | None
 
     @property
@@ -128,7 +126,7 @@ class _Fp8Linear:
         return {} if self.rule is None else {"": self.rule.watch}
 
     def _rule(self, name: str | None, routed: bool) -> Rule | None:
-        return rule_for(name or "", routed, self.scales, self.arithmetic)
+        return rule_for(name or "", routed, self.choice)
 
     def _forward_impl(
         self,

@@ -11,9 +11,8 @@ import torch
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
-from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
 from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
-from dsplugins.plugins.precision.fp8.rule import Scales, rule_for
+from dsplugins.plugins.precision.fp8.rule import Choice, rule_for
 from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
 
 
@@ -36,8 +35,8 @@ class Fp8SharedExpertMLP(SharedExpertMLP, Fp8ExpertMLP):
 class Fp8GroupedProducts:
     """The two products of packed experts; see `contracts.GroupedProducts`."""
 
-    def __init__(self, scales: Scales, arithmetic: Arithmetic) -> None:
-        up, down = (rule_for(name, True, scales, arithmetic) for name in ("fc1", "fc2"))
+    def __init__(self, choice: Choice) -> None:
+        up, down = (rule_for(name, True, choice) for name in ("fc1", "fc2"))
         assert up is not None and down is not None
         self.rules = up, down
         self.watches = {"linear_fc1": up.watch, "linear_fc2": down.watch}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsplugins.numerics.tiles import SMALLEST_GRADIENT, Quantised, dequantise
+from dsplugins.numerics.tiles import ROW, SMALLEST_GRADIENT, SQUARE, Quantised, dequantise, unrounded
 from dsplugins.plugins.precision.fp8 import swiglu
 
 if TYPE_CHECKING:
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 def activation(x: torch.Tensor, rule: Rule, operand: str = "fprop.x") -> Quantised:
     """An input [T, K] in tiles of 128 channels of a token; `operand` is what it is called to who watches."""
+    if operand == "fprop.x" and "fprop" not in rule.products:
+        return unrounded(x, ROW)
     return rule.watch.saw(operand, x, rule.arithmetic.rows(x, rule.input))
 
 
 def active(inner: torch.Tensor, probs: torch.Tensor | None, rule: Rule) -> Quantised:
     """SwiGLU of inner [T, 2I] times probs [T] as the input of a linear, [T, I]."""
+    if "fprop" not in rule.products:
+        return unrounded(swiglu.forward(inner, probs).to(inner.dtype), ROW)
     made = rule.arithmetic.swiglu_rows(inner, probs, rule.input)
     if rule.watch.look is not None:
         rule.watch.saw("fprop.x", swiglu.forward(inner, probs).to(inner.dtype), made)
@@ -32,12 +36,16 @@ def active(inner: torch.Tensor, probs: torch.Tensor | None, rule: Rule) -> Quant
 
 def gradient(dy: torch.Tensor, rule: Rule) -> Quantised:
     """A gradient of an output [T, N] in tiles of 128 channels of a token."""
+    if "dgrad" not in rule.products:
+        return unrounded(dy, ROW)
     return rule.watch.saw("dgrad.dy", dy, rule.arithmetic.rows(dy, rule.gradient, SMALLEST_GRADIENT))
 
 
 def output(x: Quantised, weight: torch.Tensor, splits: Sequence[int], rule: Rule, dtype: Any) -> torch.Tensor:
     """x [T, K] times each weight [E, N, K] (or the only one's, [N, K]) transposed: [T, N]."""
     stack = _stack(weight)
+    if "fprop" not in rule.products:
+        return rule.arithmetic.product(x, unrounded(stack, SQUARE), splits, dtype)
     codes = rule.arithmetic.blocks(stack, rule.weight)
     _watch(rule, "fprop.w", stack.unbind(), codes.unbind())
     return rule.arithmetic.product(x, codes, splits, dtype)
@@ -47,6 +55,8 @@ def input_gradient(
     dy: Quantised, weight: torch.Tensor, splits: Sequence[int], rule: Rule, dtype: Any
 ) -> torch.Tensor:
     """dy [T, N] times each weight: [T, K]. Square tiles serve both directions."""
+    if "dgrad" not in rule.products:
+        return rule.arithmetic.product(dy, unrounded(_stack(weight), SQUARE).t, splits, dtype)
     codes = rule.arithmetic.blocks(_stack(weight), rule.weight, transposed=True)
     return rule.arithmetic.product(dy, codes, splits, dtype)
 
@@ -55,10 +65,13 @@ def weight_gradient(
     dy: torch.Tensor, x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule
 ) -> torch.Tensor:
     """dy [T, N] transposed times x [T, K], both in tiles of 128 tokens of a channel: FP32 [E, N, K]."""
+    if "wgrad" not in rule.products:
+        return rule.arithmetic.weight_gradient(*(_unrounded_runs(one, splits) for one in (dy, x)))
     left = rule.arithmetic.columns(dy, splits, rule.gradient, SMALLEST_GRADIENT)
     right = rule.arithmetic.columns(x, splits, rule.input)
-    _watch(rule, "wgrad.dy", _runs(dy, splits, rule), left)
-    _watch(rule, "wgrad.x", _runs(x, splits, rule), right)
+    if rule.watch.look is not None:
+        _watch(rule, "wgrad.dy", _runs(dy, splits), left)
+        _watch(rule, "wgrad.x", _runs(x, splits), right)
     return rule.arithmetic.weight_gradient(left, right)
 
 
@@ -83,12 +96,14 @@ def _stack(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.dim() == 3 else weight.unsqueeze(0)
 
 
-def _runs(x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule) -> Iterable[torch.Tensor]:
-    """Each run's numbers, transposed; none where nobody looks."""
-    if rule.watch.look is None:
-        return ()
+def _runs(x: torch.Tensor | Quantised, splits: Sequence[int]) -> list[torch.Tensor]:
+    """Each run's numbers, transposed."""
     numbers = dequantise(x) if isinstance(x, Quantised) else x
     return [run.t() for run in numbers.split(list(splits))]
+
+
+def _unrounded_runs(x: torch.Tensor | Quantised, splits: Sequence[int]) -> list[Quantised]:
+    return [unrounded(run, ROW) for run in _runs(x, splits)]
 
 
 def _watch(rule: Rule, operand: str, values: Iterable[torch.Tensor], made: Sequence[Quantised]) -> None:

@@ -7,18 +7,17 @@ from typing import Any
 
 from megatron.core.models.backends import BackendSpecProvider
 
-from dsplugins.plugins.precision.fp8.backends import arithmetic
 from dsplugins.plugins.precision.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from dsplugins.plugins.precision.fp8.modules import Fp8ExpertMLP, Fp8GroupedProducts, Fp8SharedExpertMLP
-from dsplugins.plugins.precision.fp8.rule import Scales
+from dsplugins.plugins.precision.fp8.rule import Choice
 
 LINEARS = (Fp8ColumnParallelLinear, Fp8RowParallelLinear)
 
 
 @cache
-def _bound(scales: Scales, backend: str) -> tuple[type, type]:
+def _bound(choice: Choice) -> tuple[type, type]:
     """Column- and row-parallel linears of one recipe. Core makes linears from a class and nothing else."""
-    given = {"scales": scales, "arithmetic": arithmetic(backend)}
+    given = {"choice": choice}
     return tuple(type(linear.__name__, (linear,), given) for linear in LINEARS)  # type: ignore[return-value]
 
 
@@ -28,9 +27,9 @@ class Fp8Provider(BackendSpecProvider):
     Embedding, head and gate are never asked of a backend: they stay as they are.
     """
 
-    def __init__(self, backend: BackendSpecProvider, scales: Scales, products: str) -> None:
-        self._backend, self._scales, self._products = backend, scales, products
-        self._column, self._row = _bound(scales, products)
+    def __init__(self, backend: BackendSpecProvider, choice: Choice) -> None:
+        self._backend, self._choice = backend, choice
+        self._column, self._row = _bound(choice)
 
     def column_parallel_linear(self) -> type:
         """With this recipe's scales; the same class at each call."""
@@ -73,4 +72,4 @@ class Fp8Provider(BackendSpecProvider):
 
     def grouped_products(self) -> Fp8GroupedProducts:
         """Products of packed experts."""
-        return Fp8GroupedProducts(self._scales, arithmetic(self._products))
+        return Fp8GroupedProducts(self._choice)

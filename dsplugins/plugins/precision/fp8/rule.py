@@ -6,14 +6,27 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from dsplugins.numerics.watch import Watch
+from dsplugins.plugins.precision.fp8.backends import arithmetic
 
 if TYPE_CHECKING:
     from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
 
 Scales = Literal["report", "power_of_two"]
+Name = Literal["fprop", "dgrad", "wgrad"]
+"""A product of a linear in the report's words: output, gradient of the input, gradient of the weight."""
+ALL: tuple[Name, ...] = ("fprop", "dgrad", "wgrad")
 
 KEPT_HIGH = ("mtp_eh_proj",)
 """Linears (core's `tp_comm_buffer_name`) that stay in BF16, as in the checkpoints that DeepSeek published."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the options of `fp8_v3` say of all linears."""
+
+    backend: str = "reference"
+    scales: Scales = "report"
+    products: tuple[Name, ...] = ALL
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,7 @@ class Rule:
     A flag goes for both directions of a tensor's tiles, along channels and along tokens.
     """
 
-    arithmetic: Arithmetic
+    arithmetic: Arithmetic = field(compare=False)
     """What quantises and multiplies."""
     input: bool = False
     """Power-of-two scales for the input."""
@@ -33,11 +46,13 @@ class Rule:
     """Power-of-two scales for the weight."""
     keeps: Literal["e4m3", "e5m6"] = "e4m3"
     """Format in which the input is kept for the weight gradient."""
+    products: tuple[Name, ...] = ALL
+    """Those that take FP8 operands; the others take what they would be made of."""
     watch: Watch = field(default_factory=Watch, compare=False)
     """Sees what is quantised by this rule."""
 
 
-def rule_for(linear: str, routed: bool, scales: Scales, arithmetic: Arithmetic) -> Rule | None:
+def rule_for(linear: str, routed: bool, choice: Choice) -> Rule | None:
     """The rule of a linear, by core's `tp_comm_buffer_name` and whether it is a routed expert's.
 
     The report has power-of-two scales in three places (arXiv 2412.19437, 3.3.3): the input of the linear
@@ -46,11 +61,12 @@ def rule_for(linear: str, routed: bool, scales: Scales, arithmetic: Arithmetic) 
     """
     if linear in KEPT_HIGH:
         return None
-    everywhere = scales == "power_of_two"
+    everywhere = choice.scales == "power_of_two"
     return Rule(
-        arithmetic,
+        arithmetic(choice.backend),
         input=everywhere or linear == "proj" or (routed and linear == "fc1"),
         gradient=everywhere or (routed and linear == "fc2"),
         weight=everywhere,
         keeps="e5m6" if linear == "proj" else "e4m3",
+        products=choice.products,
     )

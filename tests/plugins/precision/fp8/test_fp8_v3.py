@@ -133,6 +133,7 @@ def sharded(seed, tensor, sequence_parallel):
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     from dsplugins.plugins.precision.fp8.provider import _bound
+    from dsplugins.plugins.precision.fp8.rule import Choice
     from dsplugins.testing import model_parallel
 
     with model_parallel(tensor=tensor):
@@ -141,7 +142,7 @@ def sharded(seed, tensor, sequence_parallel):
             tensor_model_parallel_size=tensor, sequence_parallel=sequence_parallel,
             use_cpu_initialization=True,
         )  # fmt: skip
-        column, row = _bound("report", "reference")
+        column, row = _bound(Choice())
         common = {
             "config": config,
             "init_method": torch.nn.init.zeros_,

@@ -12,7 +12,7 @@ from dsplugins.plugins.precision.fp8 import products
 from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
 from dsplugins.plugins.precision.fp8.linear import Fp8Product
 from dsplugins.plugins.precision.fp8.reference import Reference, product
-from dsplugins.plugins.precision.fp8.rule import Rule, rule_for
+from dsplugins.plugins.precision.fp8.rule import ALL, Choice, Rule, rule_for
 
 REFERENCE = Reference()
 PLAIN = Rule(REFERENCE)
@@ -64,7 +64,7 @@ def test_a_linear_is_the_report_s_procedure(name, routed, tokens, inputs, output
     """Forward and backward in float32, against the readable version; the only room is FP32's sums."""
     x, w, dy = drawn(tokens, inputs), drawn(outputs, inputs, seed=1), drawn(tokens, outputs, seed=2)
     x.requires_grad_(), w.requires_grad_()
-    y = Fp8Product.apply(x, w, rule_for(name, routed, "report", REFERENCE), None, None)
+    y = Fp8Product.apply(x, w, rule_for(name, routed, Choice()), None, None)
     y.backward(dy)
     expected = report.linear(
         *(t.detach().numpy() for t in (x, w, dy)),
@@ -78,10 +78,33 @@ def test_a_linear_is_the_report_s_procedure(name, routed, tokens, inputs, output
         )
 
 
+@pytest.mark.parametrize("rounded", ["fprop", "dgrad", "wgrad"])
+def test_products_that_are_left_out_take_what_comes(rounded):
+    """One of the three in FP8: its result is that of all in FP8, the others are those of plain products."""
+    x, w, dy = drawn(129, 256), drawn(130, 256, seed=1), drawn(129, 130, seed=2)
+
+    def results(products):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        rule = rule_for("fc1", False, Choice(products=products))
+        y = Fp8Product.apply(*leaves, rule, None, None)
+        y.backward(dy)
+        return {"fprop": y.detach(), "dgrad": leaves[0].grad, "wgrad": leaves[1].grad}
+
+    found, everything = results((rounded,)), results(ALL)
+    kept = dequantise(quantise(x, ROW)) if rounded == "fprop" else x
+    plain = {"fprop": x @ w.t(), "dgrad": dy @ w, "wgrad": dy.t() @ kept}
+    for name, value in found.items():
+        if name == rounded and rounded != "wgrad":
+            assert torch.equal(value, everything[name])
+        wanted = plain[name].double()
+        error = ((value.double() - wanted).norm() / wanted.norm()).item()
+        assert 0.01 < error < 0.06 if name == rounded else error < 1e-6
+
+
 def test_the_rules_differ_where_they_are_said_to():
     """Power-of-two scales at three places, E5M6 at one, MTP's `eh_proj` in BF16; V3.1: everywhere."""
     powers = {
-        (name, routed): rule_for(name, routed, "report", REFERENCE)
+        (name, routed): rule_for(name, routed, Choice())
         for name in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "qkv", "proj", "fc1", "fc2")
         for routed in (False, True)
         if routed <= name.startswith("fc")
@@ -90,8 +113,8 @@ def test_the_rules_differ_where_they_are_said_to():
     assert {key for key, rule in powers.items() if rule.gradient} == {("fc2", True)}
     assert not any(rule.weight for rule in powers.values())
     assert {key for key, rule in powers.items() if rule.keeps == "e5m6"} == {("proj", False)}
-    assert rule_for("mtp_eh_proj", False, "report", REFERENCE) is None
-    assert rule_for("q_up_proj", False, "power_of_two", REFERENCE) == Rule(
+    assert rule_for("mtp_eh_proj", False, Choice()) is None
+    assert rule_for("q_up_proj", False, Choice(scales="power_of_two")) == Rule(
         REFERENCE, input=True, gradient=True, weight=True
     )
 
@@ -113,7 +136,7 @@ SPLITS = [40, 0, 130, 1]
 
 def test_grouped_experts_are_one_linear_each():
     """Ragged runs of tokens, one of them empty; bit for bit."""
-    rule = rule_for("fc1", True, "report", REFERENCE)
+    rule = rule_for("fc1", True, Choice())
     x, w, dy = drawn(sum(SPLITS), 130), drawn(4, 150, 130, seed=1), drawn(sum(SPLITS), 150, seed=2)
     a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
     y = ExpertsUp.apply(a, b, SPLITS, rule)
@@ -130,7 +153,7 @@ def test_grouped_experts_are_one_linear_each():
 
 def test_the_experts_down_projection_is_the_reports():
     """SwiGLU's input is kept in E4M3 and its output made again from that; the rest as any linear."""
-    rule = rule_for("fc2", True, "report", REFERENCE)
+    rule = rule_for("fc2", True, Choice())
     inner, probs = drawn(60, 260), torch.rand(60, generator=torch.Generator().manual_seed(3))
     w, dy = drawn(128, 130, seed=1), drawn(60, 128, seed=2)
     leaves = [t.clone().requires_grad_() for t in (inner, probs, w)]

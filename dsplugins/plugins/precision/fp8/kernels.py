@@ -1,0 +1,170 @@
+"""Casts to E4M3 in tiles as Triton kernels: each reads its input once and makes codes and scales.
+
+Codes and scales are those of `reference`, to the bit: divisions are rounded as IEEE 754 wants, and a tile's
+largest magnitude is found among integers, in whose order NaN stands above infinity and is not lost. What
+SwiGLU's exponential does to the last digit is the exception. `casts` starts them. Imported from hook bodies
+only: it needs triton, but no GPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TILE = tl.constexpr(128)
+TOP = tl.constexpr(448.0)
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+"""All bits of a float32 but its sign."""
+INFINITY = tl.constexpr(0x7F800000)
+MANTISSA = tl.constexpr(0x7FFFFF)
+MANTISSA_BITS = tl.constexpr(23)
+
+
+@triton.jit
+def magnitude(values: tl.tensor) -> tl.tensor:
+    """float32 -> int32 in the same order of size, NaN above all."""
+    return values.to(tl.int32, bitcast=True) & MAGNITUDE
+
+
+@triton.jit
+def scale_of(largest: tl.tensor, smallest: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
+    """The scale of a tile whose largest `magnitude` this is, but at least `smallest`."""
+    scale = tl.div_rn(tl.maximum(largest, smallest).to(tl.float32, bitcast=True), TOP)
+    if POWER_OF_TWO:
+        bits = scale.to(tl.int32, bitcast=True)
+        up = ((bits + MANTISSA) >> MANTISSA_BITS) << MANTISSA_BITS
+        scale = tl.where(bits < INFINITY, up, bits).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def rows_kernel(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    tokens: tl.tensor,
+    channels: tl.tensor,
+    smallest: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """x [tokens, channels] -> codes of the same shape; scales [tiles, tokens]. A program: BLOCK tiles."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(1)
+    channel = tile * TILE + tl.arange(0, TILE)
+    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
+    at = token[:, None] * channels + channel[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(magnitude(values), axis=1), smallest, POWER_OF_TWO)
+    tl.store(codes + at, tl.div_rn(values, scale[:, None]).to(tl.float8e4nv), mask=inside)
+    tl.store(scales + tile * tokens + token, scale, mask=token < tokens)
+
+
+@triton.jit
+def swiglu_rows_kernel(
+    inner: tl.tensor,
+    probs: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    tokens: tl.tensor,
+    channels: tl.tensor,
+    smallest: tl.tensor,
+    HAS_PROBS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """`rows_kernel` of silu(gate) * up * probs; inner [tokens, 2 * channels], gate first, probs [tokens]."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(1)
+    channel = tile * TILE + tl.arange(0, TILE)
+    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
+    source = inner + token[:, None] * (2 * channels) + channel[None, :]
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + channels, mask=inside, other=0.0).to(tl.float32)
+    values = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+    if HAS_PROBS:
+        values *= tl.load(probs + token, mask=token < tokens, other=0.0).to(tl.float32)[:, None]
+    values = values.to(inner.dtype.element_ty).to(tl.float32)
+    scale = scale_of(tl.max(magnitude(values), axis=1), smallest, POWER_OF_TWO)
+    at = token[:, None] * channels + channel[None, :]
+    tl.store(codes + at, tl.div_rn(values, scale[:, None]).to(tl.float8e4nv), mask=inside)
+    tl.store(scales + tile * tokens + token, scale, mask=token < tokens)
+
+
+@triton.jit
+def columns_kernel(
+    x: tl.tensor,
+    x_scales: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    tiles: tl.tensor,
+    channels: tl.tensor,
+    token_stride: tl.tensor,
+    tile_stride: tl.tensor,
+    smallest: tl.tensor,
+    QUANTISED: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Transpose x [tokens, channels] and quantise it along the tokens, in one go.
+
+    A row of `tiles` (int64 [n, 4]) says of 128 tokens: the first, how many they are, where their codes go,
+    and how far the next channel's are from there; missing tokens become zeros. scales [n, channels].
+    QUANTISED: x holds codes, with a scale for each token and 128 channels at `x_scales`. A program: a tile of
+    tokens for BLOCK channels, a divisor of 128.
+    """
+    tile = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(tiles + tile * 4)
+    count = tl.load(tiles + tile * 4 + 1)
+    place = tl.load(tiles + tile * 4 + 2)
+    length = tl.load(tiles + tile * 4 + 3)
+    token = tl.arange(0, TILE)
+    inside = (token[:, None] < count) & (channel[None, :] < channels)
+    at = (first + token)[:, None] * channels + channel[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if QUANTISED:
+        from_tile = tl.program_id(1) * BLOCK // TILE
+        at_scale = (first + token) * token_stride + from_tile * tile_stride
+        values *= tl.load(x_scales + at_scale, mask=token < count, other=0.0)[:, None]
+    scale = scale_of(tl.max(magnitude(values), axis=0), smallest, POWER_OF_TWO)
+    coded = tl.div_rn(values, scale[None, :]).to(tl.float8e4nv)
+    there = codes + place + channel[:, None] * length + token[None, :]
+    tl.store(there, tl.trans(coded), mask=(channel < channels)[:, None])
+    tl.store(scales + tile.to(tl.int64) * channels + channel, scale, mask=channel < channels)
+
+
+@triton.jit
+def blocks_kernel(
+    weight: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    scale_down: tl.tensor,
+    scale_across: tl.tensor,
+    smallest: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+) -> None:
+    """weight [E, rows, columns] -> codes of the same shape, or [E, columns, rows] where TRANSPOSED.
+
+    scales [E, scale_down, scale_across], a tile's at its place in `codes`. A program: one tile of 128 x 128.
+    """
+    down, across, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = down * TILE + tl.arange(0, TILE)
+    column = across * TILE + tl.arange(0, TILE)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    matrix = expert * rows * columns
+    at = row[:, None] * columns + column[None, :]
+    values = tl.load(weight + matrix + at, mask=inside, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.max(magnitude(values), axis=1), axis=0), smallest, POWER_OF_TWO)
+    coded = tl.div_rn(values, tl.full((TILE, TILE), 1.0, tl.float32) * scale).to(tl.float8e4nv)
+    if TRANSPOSED:
+        there = column[:, None] * rows + row[None, :]
+        within = (column[:, None] < columns) & (row[None, :] < rows)
+        tl.store(codes + matrix + there, tl.trans(coded), mask=within)
+        tl.store(scales + (expert * scale_down + across) * scale_across + down, scale)
+    else:
+        tl.store(codes + matrix + at, coded, mask=inside)
+        tl.store(scales + (expert * scale_down + down) * scale_across + across, scale)

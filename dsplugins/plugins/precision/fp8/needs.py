@@ -1,0 +1,117 @@
+"""What a backend of `fp8_v3` needs of a recipe and of a machine, found before a run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from dsplugins.contracts import Problem
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from dsplugins.contracts import Plan, Settings
+    from dsplugins.plugins.precision.fp8_v3 import Fp8V3Options
+
+ALL = ("fprop", "dgrad", "wgrad")
+KEY = "plugins.fp8_v3.backend"
+ANYWHERE = "name the backend reference, which runs anywhere"
+HOPPER = (9, 0)
+MULTIPLE = 16
+"""Of each width of a matrix: rows of codes must start at multiples of 16 bytes."""
+DEEP_GEMM = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "k_grouped_fp8_gemm_nt_contiguous")
+"""What is called of it; its first releases, and other packages of that name, lack some."""
+GET_DEEP_GEMM = f"pip install sgl-deep-gemm, or build DeepSeek's (2.x); or {ANYWHERE}"
+CUBLAS = (12, 9)
+"""The CUDA release whose cuBLASLt scales by 1 x 128 and 128 x 128 tiles first."""
+
+
+def of_recipe(options: Fp8V3Options, plan: Plan, settings: Settings) -> Iterable[Problem]:
+    """A platform without CUDA, widths that the kernels can't take, a format that they don't give."""
+    backend = options.backend
+    if plan.slots.get("platform") == "cpu":
+        yield Problem(f"fp8_v3's backend {backend} needs CUDA, but the platform is cpu", KEY, ANYWHERE)
+    if backend == "deepgemm" and options.outside == "fp32":
+        said = "DeepGEMM's products come in BF16, but plugins.fp8_v3.outside is fp32"
+        yield Problem(said, KEY, "leave outside at bf16, or name the backend torch or reference")
+    if len(options.products) < len(ALL):
+        said = f"fp8_v3's backend {backend} multiplies FP8 only, but products leaves some out"
+        yield Problem(said, "plugins.fp8_v3.products", f"all three, or {ANYWHERE}")
+    for name, width in widths(settings.model, plan).items():
+        if width % MULTIPLE:
+            said = (
+                f"fp8_v3's backend {backend} takes widths of multiples of {MULTIPLE}, but {name} is {width}"
+            )
+            yield Problem(said, KEY, f"another size, or {ANYWHERE}")
+
+
+def widths(config: MLATransformerConfig, plan: Plan) -> Mapping[str, int]:
+    """Widths of the matrices that one rank multiplies, by what they are made of."""
+    tensor, experts = plan.layout.tensor, plan.layout.expert_tensor
+    heads = config.num_attention_heads // tensor
+    found = {
+        "model.hidden_size": config.hidden_size,
+        "a rank's model.ffn_hidden_size": config.ffn_hidden_size // tensor,
+    }
+    if config.num_moe_experts:
+        found["a rank's model.moe_ffn_hidden_size"] = config.moe_ffn_hidden_size // experts
+        if config.moe_shared_expert_intermediate_size:
+            shared = config.moe_shared_expert_intermediate_size // tensor
+            found["a rank's model.moe_shared_expert_intermediate_size"] = shared
+    if plan.slots.get("attention") == "mla":
+        found |= {
+            "model.q_lora_rank": config.q_lora_rank or MULTIPLE,
+            "model.kv_lora_rank": config.kv_lora_rank,
+            "model.kv_lora_rank + model.qk_pos_emb_head_dim": config.kv_lora_rank
+            + config.qk_pos_emb_head_dim,
+            "a rank's heads x (model.qk_head_dim + model.qk_pos_emb_head_dim)": heads
+            * (config.qk_head_dim + config.qk_pos_emb_head_dim),
+            "a rank's heads x model.v_head_dim": heads * config.v_head_dim,
+        }
+    return found
+
+
+def of_machine(backend: str) -> Iterable[Problem]:
+    """No Hopper, a CUDA that is too old, a library that isn't there."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and (found := torch.cuda.get_device_capability()) != HOPPER:
+        said = f"fp8_v3's backend {backend} multiplies on Hopper (sm_90), this GPU is sm_{found[0]}{found[1]}"
+        yield _lacks(said, ANYWHERE)
+    if importlib.util.find_spec("triton") is None:
+        said = f"fp8_v3's backend {backend} needs triton, which isn't installed here"
+        yield _lacks(said, "install a CUDA build of torch, which brings it along")
+    if backend == "torch" and not _block_scaling(torch.version.cuda):
+        said = (
+            f"fp8_v3's backend torch needs a torch for CUDA 12.9 or newer, this one has {torch.version.cuda}"
+        )
+        yield _lacks(said, ANYWHERE)
+    if backend == "deepgemm":
+        yield from _deep_gemm(on_gpu)
+
+
+def _block_scaling(cuda: str | None) -> bool:
+    return cuda is not None and tuple(map(int, cuda.split(".")[:2])) >= CUBLAS
+
+
+def _deep_gemm(on_gpu: bool) -> Iterable[Problem]:
+    """It builds and loads CUDA code on import: looked into only where there is a GPU."""
+    if importlib.util.find_spec("deep_gemm") is None:
+        yield _lacks("fp8_v3's backend deepgemm needs DeepGEMM, which isn't installed here", GET_DEEP_GEMM)
+        return
+    if not on_gpu:
+        return
+    try:
+        module = importlib.import_module("deep_gemm")
+    except Exception as error:  # its loader raises what it likes
+        yield _lacks(f"deep_gemm can't be imported: {type(error).__name__}: {error}", GET_DEEP_GEMM)
+        return
+    missing = [name for name in DEEP_GEMM if not hasattr(module, name)]
+    if missing:
+        yield _lacks(f"this deep_gemm has no {', '.join(missing)}", GET_DEEP_GEMM)
+
+
+def _lacks(said: str, remedy: str) -> Problem:
+    return Problem(said, KEY, remedy, kind="environment")

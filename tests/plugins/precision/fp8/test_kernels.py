@@ -1,0 +1,118 @@
+"""The Triton casts: the reference's codes and scales to the bit, and code for Hopper made without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsplugins.numerics.tiles import SMALLEST_AMAX, SMALLEST_GRADIENT, dequantise
+from dsplugins.plugins.precision.fp8.reference import Reference
+
+pytest.importorskip("triton")
+REFERENCE = Reference()
+SHAPES = [(70, 200), (1, 7), (33, 128), (130, 300)]
+
+
+@pytest.fixture
+def casts(interpreted):
+    from dsplugins.plugins.precision.fp8.casts import TritonCasts
+
+    return TritonCasts()
+
+
+def drawn(*shape, seed=0, dtype=torch.bfloat16):
+    """Numbers of many sizes, among them tiles of zeros, of subnormals, one with NaN and one with infinity."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(-12, 6, shape[-1]).roll(seed)
+    values = torch.randn(*shape, generator=generator) * sizes
+    flat = values.view(-1, shape[-1])
+    flat[0] = 0
+    flat[len(flat) // 2] *= 1e-32
+    flat[-1, 0], flat[-1, -1] = torch.nan, -torch.inf
+    return values.to(dtype)
+
+
+def same(got, expected):
+    """Codes and scales equal in every bit, where NaN is NaN."""
+    assert got.tile == expected.tile and got.codes.shape == expected.codes.shape
+    assert torch.equal(got.scales.nan_to_num(-1.0), expected.scales.nan_to_num(-1.0))
+    one, other = got.codes.float(), expected.codes.float()
+    assert torch.equal(one.isnan(), other.isnan())
+    assert torch.equal(one.nan_to_num(0.0), other.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("tokens, channels", SHAPES)
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows(casts, tokens, channels, power_of_two, dtype):
+    x = drawn(tokens, channels, dtype=dtype)
+    for smallest in (SMALLEST_AMAX, SMALLEST_GRADIENT):
+        same(casts.rows(x, power_of_two, smallest), REFERENCE.rows(x, power_of_two, smallest))
+
+
+SPLITS = [70, 0, 130, 1]
+
+
+@pytest.mark.parametrize("channels", [200, 7])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_columns_of_each_expert(casts, channels, power_of_two):
+    """From numbers, and from the codes that forward kept; what fills a run up to whole tiles is zero."""
+    x = drawn(sum(SPLITS), channels)
+    for given, by_reference in ((x, x), (casts.rows(x, True), REFERENCE.rows(x, True))):
+        found = casts.columns(given, SPLITS, power_of_two, SMALLEST_GRADIENT)
+        expected = REFERENCE.columns(by_reference, SPLITS, power_of_two, SMALLEST_GRADIENT)
+        assert len(found) == len(expected) == len(SPLITS)
+        for run, (one, other) in enumerate(zip(found, expected, strict=True)):
+            same(one, other)
+            beyond = found.filled(run).codes[:, SPLITS[run] :].float()
+            assert beyond.shape[1] == -SPLITS[run] % 128 and not beyond.nan_to_num(0.0).any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_blocks(casts, transposed, power_of_two):
+    weight = drawn(3, 150, 260)
+    found = casts.blocks(weight, power_of_two, transposed)
+    same(found, REFERENCE.blocks(weight, power_of_two, transposed))
+    assert found.codes.is_contiguous()
+
+
+@pytest.mark.parametrize("with_probs", [False, True])
+def test_swiglu_in_one(casts, with_probs):
+    """An exponential's last digit may round a number of BF16 the other way: a code in a thousand may differ
+    by one step."""
+    generator = torch.Generator().manual_seed(0)
+    inner = torch.randn(70, 2 * 200, generator=generator).bfloat16() * 3
+    probs = torch.rand(70, generator=generator) if with_probs else None
+    found, expected = (one.swiglu_rows(inner, probs, False) for one in (casts, REFERENCE))
+    a, b = dequantise(found), dequantise(expected)
+    assert (found.codes.float() != expected.codes.float()).float().mean() < 1e-3
+    assert ((a - b).abs() <= b.abs() / 8 + 1e-6).all()
+
+
+def test_nothing_for_no_tokens(casts):
+    empty = torch.zeros(0, 256, dtype=torch.bfloat16)
+    assert casts.rows(empty, False).codes.shape == (0, 256)
+    assert [one.codes.shape for one in casts.columns(empty, [0, 0], False)] == [(256, 0), (256, 0)]
+    assert casts.swiglu_rows(empty, None, False).codes.shape == (0, 128)
+
+
+def test_all_compile_for_hopper_without_one(tmp_path):
+    """Down to a binary, by the assembler that comes with Triton; the cast is Hopper's own instruction."""
+    script = Path(__file__).parents[3] / "hopper" / "compile_kernels.py"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert sorted(made) == ["blocks_kernel", "columns_kernel", "rows_kernel", "swiglu_rows_kernel"]
+    for form in (form for forms in made.values() for form in forms):
+        assert "cvt.rn.satfinite.e4m3x2.f32" in form["ptx"] and ".target sm_90" in form["ptx"]
+        assert form["cubin_bytes"] > 1000
