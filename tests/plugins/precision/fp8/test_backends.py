@@ -1,0 +1,127 @@
+"""Backends for Hopper over stand-ins for its products: interpreted casts, real layouts, known numbers.
+
+What only a GPU can tell (the products themselves, speed) is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsplugins.numerics.tiles import dequantise
+from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
+from dsplugins.plugins.precision.fp8.linear import Fp8Product
+from dsplugins.plugins.precision.fp8.reference import Reference
+from dsplugins.plugins.precision.fp8.rule import Rule
+
+SPLITS = [40, 0, 131, 128]
+TOKENS = sum(SPLITS)
+
+
+def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, output_dtype):
+    """`torch.nn.functional.scaled_mm` for Hopper's tiles in FP32, with the demands of ATen's ScaledBlas.cpp."""
+    from torch.nn.functional import ScalingType
+
+    (m, k), n, tiles = a.shape, b.shape[1], -(-a.shape[1] // 128)
+    assert a.dtype == b.dtype == torch.float8_e4m3fn and k % 16 == 0 and n % 16 == 0
+    assert a.stride(1) == 1 and b.stride(0) == 1, "row-major times column-major"
+    assert recipe_a == ScalingType.BlockWise1x128
+    assert scale_a.shape == (m, tiles) and scale_a.stride(0) == 1
+    assert scale_a.stride(1) == m or (tiles == 1 and scale_a.stride(1) == 1)
+    left = a.float() * scale_a.repeat_interleave(128, 1)[:, :k]
+    if recipe_b == ScalingType.BlockWise128x128:
+        fours = -(-tiles // 4) * 4
+        assert scale_b.shape == (fours, -(-n // 128)) and scale_b.stride(0) == 1
+        assert scale_b.stride(1) == fours or (scale_b.shape[1] == 1 and scale_b.stride(1) == 1)
+        spread = scale_b[:tiles].repeat_interleave(128, 1)[:, :n]
+    else:
+        assert scale_b.shape == (n, tiles) and scale_b.stride(0) == 1
+        assert scale_b.stride(1) == n or (tiles == 1 and scale_b.stride(1) == 1)
+        spread = scale_b.t()
+    return (left @ (b.float() * spread.repeat_interleave(128, 0)[:k])).to(output_dtype)
+
+
+@pytest.fixture(params=["torch", "deepgemm"])
+def arithmetic(request, interpreted, monkeypatch):
+    if request.param == "deepgemm":
+        request.getfixturevalue("deep_gemm")
+        from dsplugins.plugins.precision.fp8.deep_gemm import DeepGemm
+
+        return DeepGemm()
+    from dsplugins.plugins.precision.fp8 import scaled_mm as module
+
+    monkeypatch.setattr(module, "scaled_mm", scaled_mm)
+    return module.ScaledMm()
+
+
+def drawn(*shape, seed=0, magnitude=1.0):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * magnitude
+    return values.bfloat16()
+
+
+def through(function, leaves, *others):
+    """Output and gradients of `function`, with a gradient of the output that was drawn."""
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    y = function.apply(*leaves, *others)
+    y.backward(drawn(*y.shape, seed=9))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def alike(found, expected):
+    """The same codes; sums in another order, rounded to BF16 then: a last digit."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        scale = other.float().abs().max()
+        assert ((one.float() - other.float()).abs() <= 2**-7 * other.float().abs() + 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 77, 256])
+def test_a_linear_is_the_reference_s(arithmetic, tokens):
+    leaves = drawn(tokens, 208), drawn(144, 208, seed=1)
+    results = [through(Fp8Product, leaves, Rule(one), None, None) for one in (arithmetic, Reference())]
+    alike(*results)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_experts_are_the_reference_s(arithmetic, power_of_two):
+    """Ragged runs of tokens, one of them empty."""
+    leaves = drawn(TOKENS, 144), drawn(4, 160, 144, seed=1)
+    rules = [Rule(one, power_of_two, power_of_two) for one in (arithmetic, Reference())]
+    alike(*(through(ExpertsUp, leaves, SPLITS, rule) for rule in rules))
+
+
+def test_the_down_projection_is_the_reference_s(arithmetic):
+    """Through SwiGLU and the codes that it keeps, where a last digit of the exponential counts, too."""
+    probs = torch.rand(TOKENS, generator=torch.Generator().manual_seed(3))
+    leaves = drawn(TOKENS, 2 * 144), probs, drawn(4, 160, 144, seed=1)
+    found, expected = (through(SwigluDown, leaves, SPLITS, Rule(one)) for one in (arithmetic, Reference()))
+    alike(found[1:], expected[1:])
+    error = (found[0].float() - expected[0].float()).norm() / expected[0].float().norm()
+    assert error < 1e-3
+
+
+def test_nothing_for_no_tokens(arithmetic):
+    """An expert-parallel rank whose experts nobody chose."""
+    leaves = drawn(0, 144), drawn(2, 160, 144, seed=1)
+    y, dx, dw = through(ExpertsUp, leaves, [0, 0], Rule(arithmetic))
+    assert y.shape == (0, 160) and dx.shape == (0, 144) and not dw.any()
+
+
+def test_experts_are_one_call_each_way_of_deepgemm(interpreted, deep_gemm):
+    from dsplugins.plugins.precision.fp8.deep_gemm import DeepGemm
+
+    through(ExpertsUp, (drawn(TOKENS, 144), drawn(4, 160, 144, seed=1)), SPLITS, Rule(DeepGemm()))
+    assert deep_gemm.CALLS == ["m_grouped", "m_grouped", "k_grouped"]
+
+
+def test_runs_lie_one_after_the_other(interpreted):
+    """What `columns` promises: as a sequence the reference's matrices, and nothing beyond the last."""
+    from dsplugins.plugins.precision.fp8.casts import TritonCasts
+
+    x = drawn(TOKENS, 144)
+    found = TritonCasts().columns(x, SPLITS, False)
+    expected = Reference().columns(x, SPLITS, False)
+    assert found.lengths == [128, 0, 256, 128]
+    assert [dequantise(one).tolist() for one in found[:]] == [dequantise(one).tolist() for one in expected]
+    with pytest.raises(IndexError):
+        found[4]

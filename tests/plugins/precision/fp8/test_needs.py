@@ -1,0 +1,97 @@
+"""What a backend lacks is said before a run, once each, with what to do."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dsplugins.contracts import Layout
+from dsplugins.plugins.precision.fp8 import needs
+from dsplugins.plugins.precision.fp8_v3 import Fp8V3Options
+
+V3 = SimpleNamespace(
+    hidden_size=7168, ffn_hidden_size=18432, moe_ffn_hidden_size=2048, num_moe_experts=256,
+    moe_shared_expert_intermediate_size=2048, num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512,
+    qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128,
+)  # fmt: skip
+TORCH = Fp8V3Options(backend="torch")
+
+
+def of_recipe(options=TORCH, layout=None, platform="cuda", **changed):
+    plan = SimpleNamespace(layout=layout or Layout(), slots={"platform": platform, "attention": "mla"})
+    settings = SimpleNamespace(model=SimpleNamespace(**{**vars(V3), **changed}))
+    return [problem.message for problem in needs.of_recipe(options, plan, settings)]
+
+
+def test_v3_fits():
+    for backend in ("torch", "deepgemm"):
+        assert of_recipe(Fp8V3Options(backend=backend), Layout(world_size=64, expert=64)) == []
+
+
+@pytest.mark.parametrize(
+    "case, said",
+    [
+        ({"platform": "cpu"}, "fp8_v3's backend torch needs CUDA, but the platform is cpu"),
+        ({"hidden_size": 7176}, "takes widths of multiples of 16, but model.hidden_size is 7176"),
+        ({"moe_ffn_hidden_size": 40, "layout": Layout(4, expert_tensor=2)},
+         "takes widths of multiples of 16, but a rank's model.moe_ffn_hidden_size is 20"),
+        ({"qk_pos_emb_head_dim": 8, "num_attention_heads": 2},
+         "but model.kv_lora_rank + model.qk_pos_emb_head_dim is 520"),
+        ({"options": Fp8V3Options(backend="deepgemm", outside="fp32")}, "DeepGEMM's products come in BF16"),
+        ({"options": replace(TORCH, products=("fprop",))}, "FP8 only, but products leaves some out"),
+    ],
+)  # fmt: skip
+def test_of_a_recipe(case, said):
+    (message,) = of_recipe(**case)
+    assert said in message
+
+
+def of_machine(backend):
+    found = list(needs.of_machine(backend))
+    assert all(problem.kind == "environment" and problem.remedy for problem in found)
+    return [problem.message for problem in found]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with Hopper and a torch for CUDA 13, as far as this module asks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: object())
+
+
+def test_hopper_lacks_nothing(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(**dict.fromkeys(needs.DEEP_GEMM, print)))
+    assert of_machine("torch") == of_machine("deepgemm") == []
+
+
+def test_another_gpu_an_older_cuda_no_library(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert of_machine("torch") == ["fp8_v3's backend torch multiplies on Hopper (sm_90), this GPU is sm_100"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for cuda, told in (("12.8", "this one has 12.8"), (None, "this one has None"), ("12.9", "")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert [told in message for message in of_machine("torch")] == [True] * bool(told)
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None)
+    triton, deep_gemm = of_machine("deepgemm")
+    assert "needs triton" in triton and "needs DeepGEMM" in deep_gemm
+
+
+def test_another_package_of_that_name(gpu, monkeypatch):
+    """The index has one; and the first releases lack the grouped weight gradient."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(fp8_gemm_nt=print))
+    (message,) = of_machine("deepgemm")
+    assert message.startswith("this deep_gemm has no m_grouped_fp8_gemm_nt_contiguous, k_grouped")
+
+
+def test_a_library_that_does_not_load(gpu, monkeypatch, tmp_path):
+    (tmp_path / "deep_gemm.py").write_text("raise OSError('libnvrtc.so.12: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deep_gemm", raising=False)
+    (message,) = of_machine("deepgemm")
+    assert message == "deep_gemm can't be imported: OSError: libnvrtc.so.12: no such file"
