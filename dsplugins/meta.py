@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dsplugins.contracts import EnvironmentUnfit, Problem, RecipeError
 
 if TYPE_CHECKING:
-    from dsplugins.contracts import Plan
+    from dsplugins.contracts import Plan, Settings
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
 
@@ -54,15 +54,31 @@ def build(recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem])
     install("meta")
     from dsplugins import audit, settings, stages
 
-    settled = settings.construct(plan, plugins, recipe)
+    writers, settled = _settled(recipe, plan, plugins, problems)
     problems += settings.objections(plan, plugins, settled)
-    stage = stages.Stage(plan, settled, plugins, ())
+    stage = stages.Stage(plan, settled, writers, ())
     problems += map(stages.difference, audit.fields.held(stage))
     for field, said in audit.ignored(settled, plan.slots):
         problems.append(Problem(said, f"model.{field}", "leave it out, or change what it names"))
     if any(problem.kind == "recipe" for problem in problems):
         return None
     return _build_stages(recipe, plan, plugins, problems)
+
+
+def _settled(
+    recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem]
+) -> tuple[Plugins, Settings]:
+    """Settings, and the plugins that they are of: stand-ins where megatron-core misses a library itself."""
+    from dsplugins import settings, stand_ins
+
+    try:
+        return plugins, settings.construct(plan, plugins, recipe)
+    except RecipeError as error:
+        if any(problem.kind == "recipe" for problem in error.problems):
+            raise
+        problems += error.problems
+    with_stand_ins, _ = stand_ins.substitute(plugins)
+    return with_stand_ins, settings.construct(plan, with_stand_ins, recipe)
 
 
 def _build_stages(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dsplugins.contracts import Problem
@@ -18,15 +20,26 @@ DERIVED_FROM = {
     "model.sequence_parallel": "parallel.tensor",
 }
 """Megatron field that the layout gives -> the recipe's key for it."""
+LIBRARY = "transformer-engine"
+"""As megatron-core calls it where it misses it."""
 
 
 def refusal(said: str, section: str, values: Mapping[str, Any], writers: Mapping[str, str]) -> Problem:
     """The problem of a message that may name fields of `section`, of which `values` are set.
 
     The key is the first field named that the recipe itself wrote; else what a derived field comes from, or
-    the plugin that wrote one; else the section.
+    the plugin that wrote one; else the section. Where megatron-core misses a library, nothing is wrong with
+    the recipe: such a problem is one of the environment.
     """
     said = " ".join(said.split())
+    problem = _placed(said, section, values, writers)
+    if LIBRARY in said and importlib.util.find_spec(LIBRARY.replace("-", "_")) is None:
+        remedy = "pip install 'dsplugins[te]' on a machine with CUDA"
+        return replace(problem, remedy=remedy, kind="environment")
+    return problem
+
+
+def _placed(said: str, section: str, values: Mapping[str, Any], writers: Mapping[str, str]) -> Problem:
     named = [f"{section}.{field}" for field in _named(said, values)]
     keys = sorted(dict.fromkeys(_source(key, writers) for key in named), key=_distance)
     if not keys:

@@ -4,17 +4,17 @@ megatron-core ignores or replaces several wishes without a word (a fused project
 plugin's, an MTP block of stock parts, `fp8` without transformer-engine, a softmax scale). The audit looks
 at the built modules and compares them with the slots' answers, asked once more, and with the recipe.
 
-`wanted` what each layer should be made of; `layers` and `softmax` what stands there; `stages` which layers
-stand where; `fields` and `ignored` megatron-core's configuration; `tensors` number formats, routers' buffers,
-optimizer; `loop` what the loop will call; `overlap` what travels behind computations; `table` what was built,
-for people and for the run's directory.
+`wanted` what each layer should be made of; `layers` and `softmax` what stands there; `te_fp8` what
+TransformerEngine multiplies in FP8; `stages` which layers stand where; `fields` and `ignored` megatron-core's
+configuration; `tensors` number formats, routers' buffers, optimizer; `loop` what the loop will call;
+`overlap` what travels behind computations; `table` what was built, for people and for the run's directory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsplugins.audit import fields, layers, loop, overlap, softmax, stages, tensors
+from dsplugins.audit import fields, layers, loop, overlap, softmax, stages, te_fp8, tensors
 from dsplugins.audit.built import Built, Standing
 from dsplugins.audit.ignored import ignored
 from dsplugins.audit.table import Kind, describe, describe_run, span
@@ -44,7 +44,7 @@ def audit(run: Built) -> None:
 
 def of_stage(stage: Standing) -> layers.Differences:
     """What can be found of one rank without memory, its optimizer or other ranks: (place, what is said)."""
-    return [*layers.differences(stage), *softmax.differences(stage)]
+    return [*layers.differences(stage), *softmax.differences(stage), *te_fp8.differences(stage)]
 
 
 def gathered(differences: layers.Differences) -> list[str]:

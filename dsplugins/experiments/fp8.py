@@ -1,8 +1,9 @@
 """Does a model learn as well in FP8 as in BF16?
 
-Three ways, the same seeds and data: BF16; its twin, whose weights start one unit in the last place away; and
-`fp8_v3`. The twin is the floor: nothing that differs less than BF16 from itself is a finding. The report's
-claim is a relative difference of smoothed losses below 0.25 % (arXiv 2412.19437, appendix B.1).
+The same seeds and data: BF16; its twin, whose weights start one unit in the last place away; `fp8_v3`; and
+that with only some of the products rounded, to see which rounding costs what. The twin is the floor: nothing
+that differs less than BF16 from itself is a finding. The report's claim is a relative difference of smoothed
+losses below 0.25 % (arXiv 2412.19437, appendix B.1).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ WAYS = {
     BASE: (),
     "twin": ("train.twin=true",),
     "fp8_v3": ("plugins.bf16=null", "plugins.fp8_v3={}"),
+    "fprop": ("plugins.bf16=null", "plugins.fp8_v3={products: [fprop]}"),
+    "backward": ("plugins.bf16=null", "plugins.fp8_v3={products: [dgrad, wgrad]}"),
 }
 """Way -> what it overrides in the recipe, which is `bf16` as it stands."""
 LIMITS = {"twin": 0.001, "fp8_v3": 0.0025}

@@ -18,6 +18,9 @@ PARTS: Mapping[str, str] = {
     "moe_layer": "forward and backward of V3's MoE layer, all 256 experts on this GPU",
     "mla_block": "forward and backward of V3's attention block",
     "attention": "forward and backward of core attention alone, V3's 128 heads of 192 and 128",
+    "few_experts": "forward and backward of V3's MoE layer with 16 experts, some 2,000 tokens each",
+    "products": "fp8_v3's products of V3's shapes, beside BF16 and the reference",
+    "casts": "fp8_v3's casts, beside a copy of as many bytes",
 }
 """Part -> what is timed."""
 STEP, LAYER = "bench/large.yaml", "deepseek_v3/v3_671b.yaml"
@@ -25,6 +28,17 @@ STEP, LAYER = "bench/large.yaml", "deepseek_v3/v3_671b.yaml"
 PLATFORMS, BACKENDS = ("cpu", "cuda"), ("torch_local", "te")
 LIBRARIES = {"te": "transformer_engine"}
 """Backend -> the library that it needs."""
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    "bf16": (),
+    "fp8_v3 torch": ("plugins.bf16=null", "plugins.fp8_v3={backend: torch}"),
+    "fp8_v3 deepgemm": ("plugins.bf16=null", "plugins.fp8_v3={backend: deepgemm}"),
+    "te_blockwise": (
+        *("plugins.bf16=null", "plugins.te_blockwise={}"),
+        *("plugins.grouped=null", "plugins.sequential={}"),
+    ),
+}
+"""Number format -> what it overrides in a recipe in BF16."""
+OURS = ("fp8_v3 torch", "fp8_v3 deepgemm")
 NEEDED = 70 * 2**30
 """Bytes for a training pass of the MoE layer: 11.3 billion weights and their gradients in BF16 are 45 GB;
 while a gradient is copied into the weight's layout there is one of 15 GB twice, and there are activations."""
@@ -32,24 +46,36 @@ while a gradient is copied into the weight's layout there is one of 15 GB twice,
 
 @dataclass(frozen=True)
 class Way:
-    """One part with one backend."""
+    """One part with one backend in one number format."""
 
     part: str
     backend: str
+    format: str = "bf16"
 
     def __str__(self) -> str:
-        return f"{self.part}, {self.backend}"
+        return ", ".join([self.part, self.backend, *([] if self.format == "bf16" else [self.format])])
 
 
 def ways() -> Iterator[Way]:
     """All of them, in the order in which they are measured."""
-    return (Way(part, backend) for part in PARTS for backend in BACKENDS)
+    for part in PARTS:
+        if part not in ("products", "casts"):
+            yield from (Way(part, backend) for backend in BACKENDS)
+        if part in ("mla_block", "few_experts"):
+            yield Way(part, "te", "te_blockwise")
+        if part in ("mla_block", "few_experts", "products"):
+            yield from (Way(part, "torch_local", form) for form in OURS)
+    yield Way("casts", "torch_local", OURS[0])
 
 
 def changes(way: Way) -> list[str]:
     """What puts the part's recipe on a GPU, with the backend."""
     recipe = STEP if way.part == "step" else LAYER
-    return [*swapped(recipe, PLATFORMS, "cuda"), *swapped(recipe, BACKENDS, way.backend)]
+    return [
+        *swapped(recipe, PLATFORMS, "cuda"),
+        *swapped(recipe, BACKENDS, way.backend),
+        *FORMATS[way.format],
+    ]
 
 
 def swapped(recipe: str, choices: Sequence[str], wanted: str) -> Iterator[str]:
@@ -69,6 +95,11 @@ def lacking(way: Way) -> str | None:
     library = LIBRARIES.get(way.backend)
     if library and importlib.util.find_spec(library) is None:
         return f"{library} is not installed"
+    if way.format in OURS:
+        from dsplugins.plugins.precision.fp8.needs import of_machine
+
+        for problem in of_machine(way.format.split()[1]):
+            return problem.message
     if way.part == "moe_layer" and torch.cuda.is_available():
         there = torch.cuda.get_device_properties(0).total_memory
         if there < NEEDED:
@@ -82,7 +113,7 @@ def measure(way: Way, overrides: Sequence[str], rounds: int, folder: Path) -> di
 
     if reason := lacking(way):
         return {**vars(way), "skipped": reason}
-    answer = folder / f"{way.part}_{way.backend}.json"
+    answer = folder / f"{way}.json"
     program = [sys.executable, "-m", "dsplugins.experiments.gpu_part", str(answer), way.part, str(rounds)]
     outcome = run_local(1, (), [*program, *changes(way), *overrides])
     if outcome.code:
@@ -120,9 +151,9 @@ def card() -> dict[str, Any]:
 
 def table(found: Mapping[str, Any]) -> list[list[str]]:
     """The record as cells of text: a title, then a line for each number that is compared."""
-    cells = [["PART", "BACKEND", "WHAT", "MS", "RATIO", "PEAK, GiB"]]
+    cells = [["PART", "BACKEND", "FORMAT", "WHAT", "MS", "RATIO", "PEAK, GiB"]]
     for row in found["measured"]:
-        cells += [[row["part"], row["backend"], *told] for told in _told(row)]
+        cells += [[row["part"], row["backend"], row["format"], *told] for told in _told(row)]
     return cells
 
 
@@ -140,12 +171,28 @@ def _told(row: Mapping[str, Any]) -> Iterator[list[str]]:
                 said = f"{path['path']}, error {max(path['errors'].values()):.1e}"
                 yield [said, _ms(path["seconds_median"]), "", ""]
         return
+    if row["part"] in ("products", "casts"):
+        yield from _rates(row)
+        return
     peak = f"{row['peak_memory'] / 2**30:.2f}"
     if row["part"] == "step":
         yield ["dsplugins", _ms(row["dsplugins_seconds_median"]), f"{row['ratio_of_medians']:.3f}", peak]
         yield ["hand-written", _ms(row["hand_written_seconds_median"]), "1", ""]
     else:
         yield [f"{row['tokens']} tokens", _ms(row["seconds_median"]), "", peak]
+
+
+def _rates(row: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A line for each product, or each cast."""
+    for one in row["rows"]:
+        if row["part"] == "products":
+            what = f"{one['linear']}, {one['product']}: {one['tflops']:.0f} TFLOP/s, error {one['error']:.1e}"
+            ratio = one["ratio_to_bf16"]
+        else:
+            what, ratio = f"{one['cast']}: {one['gb_per_second']:.0f} GB/s", one["ratio_to_copy"]
+        yield [what, _ms(one["seconds_median"]), f"{ratio:.2f}", ""]
+    aim = row["aim"]
+    yield [f"at least {aim['aim']:g}: {aim['reached']} of {aim['of']}", "", f"{aim['least']:.2f}", ""]
 
 
 def _ms(seconds: float) -> str:

@@ -15,6 +15,7 @@ from dsplugins.recipe import Recipe
 
 if TYPE_CHECKING:
     from dsplugins.contracts import Plan, Platform, Settings
+    from dsplugins.manager import Plugins
 
 ALONE = (
     *("run.world_size=1", "parallel.pipeline=1", "parallel.expert=1"),
@@ -48,10 +49,15 @@ class Layer:
         return self.noise(*shape, seed=seed)
 
 
+def alone(overrides: Sequence[str]) -> tuple[Recipe, Plugins, Plan]:
+    """LAYER's recipe for one of its layers, with `overrides`, and what it names."""
+    recipe = Recipe.load(LAYER, [*ALONE, *overrides])
+    return recipe, *prepare(recipe)
+
+
 def build(overrides: Sequence[str]) -> Layer:
     """The layer of LAYER with `overrides`, initialised; makes megatron-core's process groups."""
-    recipe = Recipe.load(LAYER, [*ALONE, *overrides])
-    plugins, plan = prepare(recipe)
+    recipe, plugins, plan = alone(overrides)
     platform, device = process_group.stand(plan, plugins)
     process_group.start(platform, plan)
     from megatron.core.transformer.spec_utils import build_module

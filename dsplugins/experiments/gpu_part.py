@@ -15,9 +15,15 @@ from dsplugins.experiments.gpu import STEP
 from dsplugins.quiet import quiet
 
 if TYPE_CHECKING:
-    from dsplugins.contracts import Platform
-    from dsplugins.experiments.gpu_layer import Layer
+    import torch
 
+    from dsplugins.contracts import Platform
+    from dsplugins.experiments.gpu_fp8 import Clock
+    from dsplugins.experiments.gpu_layer import Layer
+    from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
+
+IN_A_ROW = 10
+"""Calls of a kernel between two looks at the clock: starting one takes as long as a small one runs."""
 WARM = 3
 """Rounds before any is timed."""
 
@@ -74,6 +80,57 @@ def attention(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
     return {"paths": rows}
 
 
+def few_experts(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """The layer with as few experts as V3's groups allow, so that each has some 2,000 tokens."""
+    from dsplugins.experiments.gpu_layer import FEW, build
+
+    layer = build([*FEW, *overrides])
+    return _module(layer, layer.module.mlp, rounds)
+
+
+def products(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """V3's products in FP8."""
+    from dsplugins.experiments import gpu_fp8
+
+    arithmetic, device, clock = _fp8(overrides, rounds)
+    small = device.type == "cpu"
+    shapes = {"small": (2, 96, 64)} if small else gpu_fp8.SHAPES
+    rows = gpu_fp8.products(arithmetic, shapes, 32 if small else gpu_fp8.TOKENS, device, clock)
+    peak = gpu_fp8.peak_tflops(64 if small else gpu_fp8.PEAK, device, clock)
+    return {"rows": rows, "aim": gpu_fp8.reached(rows, "ratio_to_bf16", 1.6), "bf16_peak_tflops": peak}
+
+
+def casts(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """FP8's casts."""
+    from dsplugins.experiments import gpu_fp8
+
+    arithmetic, device, clock = _fp8(overrides, rounds)
+    tokens, width = (64, 256) if device.type == "cpu" else (gpu_fp8.TOKENS, 7168)
+    rows = gpu_fp8.casts(arithmetic, tokens, width, device, clock)
+    return {"rows": rows, "aim": gpu_fp8.reached(rows, "ratio_to_copy", 0.8)}
+
+
+def _fp8(overrides: Sequence[str], rounds: int) -> tuple[Arithmetic, torch.device, Clock]:
+    """What the recipe's fp8_v3 multiplies with, where, and a clock: seconds of a call, many in a row."""
+    from dsplugins import process_group
+    from dsplugins.experiments.gpu_layer import alone
+    from dsplugins.plugins.precision.fp8.backends import arithmetic
+
+    recipe, plugins, plan = alone(overrides)
+    platform, device = process_group.stand(plan, plugins)
+    process_group.start(platform, plan)
+    named = recipe.plugins["fp8_v3"] or {}
+
+    def clock(once: Callable[[], object]) -> list[float]:
+        def often() -> None:
+            for _ in range(IN_A_ROW):
+                once()
+
+        return [seconds / IN_A_ROW for seconds in timed(often, platform, rounds)]
+
+    return arithmetic(named.get("backend", "reference")), device, clock
+
+
 def _module(layer: Layer, module: Any, rounds: int, *more: Any) -> dict[str, Any]:
     """Forward and backward of `module` on the recipe's tokens."""
     hidden, gradient = layer.tokens(1).requires_grad_(), layer.tokens(2)
@@ -112,6 +169,9 @@ PARTS: dict[str, Callable[[Sequence[str], int], dict[str, Any]]] = {
     "moe_layer": moe_layer,
     "mla_block": mla_block,
     "attention": attention,
+    "few_experts": few_experts,
+    "products": products,
+    "casts": casts,
 }
 
 

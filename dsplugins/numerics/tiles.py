@@ -70,7 +70,7 @@ def quantise(
 
 
 def unrounded(x: torch.Tensor, tile: tuple[int, int]) -> Quantised:
-    """`x` [..., M, K] as it is in the form of a quantised one: float32 in the place of codes, scales of one."""
+    """`x` [..., M, K] as it is, in the form of a quantised one: float32 instead of codes, scales of one."""
     tiles = [-(-size // of) for size, of in zip(x.shape[-2:], tile, strict=True)]
     return Quantised(x.float(), x.new_ones(*x.shape[:-2], *tiles, dtype=torch.float32), tile)
 

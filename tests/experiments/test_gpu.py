@@ -17,6 +17,7 @@ from dsplugins.experiments import gpu as experiment
 ROOT = Path(__file__).parents[2]
 STEP = ("plugins.cuda=null", "plugins.cpu={}", "data.seq_length=32", "train.micro_batch=2")
 STEP += ("train.global_batch=2", "model.hidden_size=32", "model.ffn_hidden_size=32", "model.num_layers=2")
+FP8 = ["plugins.bf16=null", "plugins.fp8_v3={}"]
 PASS = {"seconds": [0.25], "seconds_median": 0.25}
 PATHS = [
     {"path": "math", **PASS, "errors": {"output": 1e-3, "key_gradient": 2e-3}},
@@ -32,6 +33,24 @@ MEASURED = {
     "moe_layer": {"tokens": 4096, **PASS, "peak_memory": 3 * 2**30},
     "mla_block": {"failed": "rank 0 was killed by SIGKILL"},
     "attention": {"paths": PATHS},
+    "few_experts": {"tokens": 4096, **PASS, "peak_memory": 2**30},
+    "products": {
+        "rows": [
+            {
+                "linear": "kv down",
+                "product": "wgrad",
+                **PASS,
+                "tflops": 990.4,
+                "ratio_to_bf16": 1.75,
+                "error": 1e-3,
+            }
+        ],
+        "aim": {"aim": 1.6, "of": 1, "reached": 1, "least": 1.75},
+    },
+    "casts": {
+        "rows": [{"cast": "columns", **PASS, "gb_per_second": 3801.2, "ratio_to_copy": 0.88}],
+        "aim": {"aim": 0.8, "of": 1, "reached": 1, "least": 0.88},
+    },
 }
 
 
@@ -46,6 +65,7 @@ def all_parts():
     found = {}
     for part in PARTS:
         changes = experiment.changes(experiment.Way(part, "torch_local"))
+        changes += FP8 if part in ("products", "casts") else []
         with temporary_groups():
             found[part] = PARTS[part]([*changes, *(STEP if part == "step" else TINY)], 1)
     return found
@@ -55,14 +75,21 @@ def test_every_part_measures_on_the_cpu(workers):
     (found,) = workers(1).run(all_parts)
     assert found.keys() == experiment.PARTS.keys()
     assert len(found["step"]["hand_written_seconds"]) == 1 and found["step"]["ratio_of_medians"] > 0
-    for part in ("moe_layer", "mla_block"):
+    for part in ("moe_layer", "mla_block", "few_experts"):
         assert found[part]["tokens"] == 128 and found[part]["seconds_median"] > 0
     experts, shared, gate = 32 * 3 * 64 * 32, 3 * 64 * 32, 32 * 64
     assert found["moe_layer"]["parameters"] == experts + shared + gate
     assert all(max(path["errors"].values()) < 1e-2 for path in found["attention"]["paths"])
+    for part, count, ratio in (("products", 3, "ratio_to_bf16"), ("casts", 6, "ratio_to_copy")):
+        assert len(found[part]["rows"]) == found[part]["aim"]["of"] == count
+        assert min(row[ratio] for row in found[part]["rows"]) == found[part]["aim"]["least"] > 0
+    assert {row["error"] for row in found["products"]["rows"]} == {0.0}, "the reference beside itself"
     rows = [{**vars(experiment.Way(part, "torch_local")), **row} for part, row in found.items()]
     record = experiment.results(rows, 1, STEP)
-    assert record["holds"] and len(experiment.table(json.loads(json.dumps(record)))) == 1 + 2 + 1 + 1 + 5
+    assert (
+        record["holds"]
+        and len(experiment.table(json.loads(json.dumps(record)))) == 1 + 2 + 1 + 1 + 5 + 1 + 4 + 7
+    )
 
 
 def test_each_part_is_on_cuda_with_its_backend():
@@ -74,8 +101,9 @@ def test_each_part_is_on_cuda_with_its_backend():
         recipe, more = (experiment.STEP, ()) if way.part == "step" else (experiment.LAYER, ALONE)
         _, plan = prepare(Recipe.load(recipe, [*more, *experiment.changes(way)]))
         assert (plan.slots["platform"], plan.slots["backend"]) == ("cuda", way.backend)
+        assert plan.slots["precision"] == way.format.split()[0]
         assert plan.layout.world_size == 1
-    assert len(list(experiment.ways())) == 8
+    assert len(list(experiment.ways())) == len(set(experiment.ways())) == 19
 
 
 def test_what_a_machine_lacks_is_said(monkeypatch):
@@ -85,9 +113,12 @@ def test_what_a_machine_lacks_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     said = {str(way): experiment.lacking(way) for way in experiment.ways()}
     assert said.pop("moe_layer, torch_local") == "needs 70 GiB of GPU memory, this one has 24"
-    assert all((reason is None) == name.endswith("torch_local") for name, reason in said.items())
+    for name, reason in said.items():
+        assert (reason is None) == name.endswith("torch_local"), name
+        assert "fp8_v3" not in name or "needs triton" in reason
     skipped = experiment.measure(experiment.Way("step", "te"), (), 1, Path())
     assert skipped["skipped"] == "transformer_engine is not installed"
 
@@ -110,10 +141,20 @@ def test_the_command_records_what_failed_and_ends_with_1(measured, tmp_path):
     done = CliRunner().invoke(gpu, line)
     assert done.exit_code == 1, done.output
     record = json.loads((tmp_path / "gpu.json").read_text())
-    assert not record["results"]["holds"] and len(record["results"]["measured"]) == 8
+    assert not record["results"]["holds"] and len(record["results"]["measured"]) == 19
     assert "torch" in record["versions"] and "gpus" in record["hardware"]
     assert "--rounds 1" in record["command"] and "plugins.cuda=null" in record["command"]
-    for told in ("100.000", "0.500", "3.00", "math, error 2.0e-03", "flash: unavailable", "SIGKILL"):
+    for told in (
+        "990 TFLOP/s",
+        "3801 GB/s",
+        "at least 1.6: 1 of 1",
+        "100.000",
+        "0.500",
+        "3.00",
+        "math, error 2.0e-03",
+        "flash: unavailable",
+        "SIGKILL",
+    ):
         assert told in done.output, told
 
 

@@ -26,8 +26,8 @@ class Fp8V3Options:
     experts grouped. Never changed on the way: a machine that lacks what was named is refused."""
     products: tuple[Literal["fprop", "dgrad", "wgrad"], ...] = ("fprop", "dgrad", "wgrad")
     """Which products take FP8 operands: outputs, gradients of inputs, gradients of weights. The others take
-    theirs as they come (inputs as they are kept for backward), to find out which rounding costs what; with the
-    backend `reference` only."""
+    theirs as they come (inputs as they are kept for backward), to find out which rounding costs what; with
+    the backend `reference` only."""
     scales: Literal["report", "power_of_two"] = "report"
     """`report`: powers of two in the three places of section 3.3.3, FP32 elsewhere; `power_of_two`:
     everywhere, as DeepSeek-V3.1."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dsplugins.contracts import Problem
+from dsplugins.plugins.precision.widths import uneven
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
-
     from dsplugins.contracts import Plan, Settings
     from dsplugins.plugins.precision.fp8_v3 import Fp8V3Options
 
@@ -38,38 +37,9 @@ def of_recipe(options: Fp8V3Options, plan: Plan, settings: Settings) -> Iterable
     if len(options.products) < len(ALL):
         said = f"fp8_v3's backend {backend} multiplies FP8 only, but products leaves some out"
         yield Problem(said, "plugins.fp8_v3.products", f"all three, or {ANYWHERE}")
-    for name, width in widths(settings.model, plan).items():
-        if width % MULTIPLE:
-            said = (
-                f"fp8_v3's backend {backend} takes widths of multiples of {MULTIPLE}, but {name} is {width}"
-            )
-            yield Problem(said, KEY, f"another size, or {ANYWHERE}")
-
-
-def widths(config: MLATransformerConfig, plan: Plan) -> Mapping[str, int]:
-    """Widths of the matrices that one rank multiplies, by what they are made of."""
-    tensor, experts = plan.layout.tensor, plan.layout.expert_tensor
-    heads = config.num_attention_heads // tensor
-    found = {
-        "model.hidden_size": config.hidden_size,
-        "a rank's model.ffn_hidden_size": config.ffn_hidden_size // tensor,
-    }
-    if config.num_moe_experts:
-        found["a rank's model.moe_ffn_hidden_size"] = config.moe_ffn_hidden_size // experts
-        if config.moe_shared_expert_intermediate_size:
-            shared = config.moe_shared_expert_intermediate_size // tensor
-            found["a rank's model.moe_shared_expert_intermediate_size"] = shared
-    if plan.slots.get("attention") == "mla":
-        found |= {
-            "model.q_lora_rank": config.q_lora_rank or MULTIPLE,
-            "model.kv_lora_rank": config.kv_lora_rank,
-            "model.kv_lora_rank + model.qk_pos_emb_head_dim": config.kv_lora_rank
-            + config.qk_pos_emb_head_dim,
-            "a rank's heads x (model.qk_head_dim + model.qk_pos_emb_head_dim)": heads
-            * (config.qk_head_dim + config.qk_pos_emb_head_dim),
-            "a rank's heads x model.v_head_dim": heads * config.v_head_dim,
-        }
-    return found
+    for said in uneven(settings.model, plan, MULTIPLE):
+        said = f"fp8_v3's backend {backend} takes widths of multiples of {MULTIPLE}, but {said}"
+        yield Problem(said, KEY, f"another size, or {ANYWHERE}")
 
 
 def of_machine(backend: str) -> Iterable[Problem]:

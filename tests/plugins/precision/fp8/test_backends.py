@@ -19,7 +19,7 @@ TOKENS = sum(SPLITS)
 
 
 def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, output_dtype):
-    """`torch.nn.functional.scaled_mm` for Hopper's tiles in FP32, with the demands of ATen's ScaledBlas.cpp."""
+    """`torch.nn.functional.scaled_mm` for Hopper's tiles in FP32, with what ATen's ScaledBlas.cpp demands."""
     from torch.nn.functional import ScalingType
 
     (m, k), n, tiles = a.shape, b.shape[1], -(-a.shape[1] // 128)

@@ -1,0 +1,128 @@
+"""TransformerEngine's recipes: what they write, what they need, what is said where it isn't there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dsplugins.contracts import Layout
+from dsplugins.plugins.precision.te_blockwise import TeBlockwise, TeBlockwiseOptions
+from dsplugins.plugins.precision.te_mxfp8 import TeMxfp8
+
+RECIPE = "deepseek_v3/tiny_gpu.yaml"
+TE = ["plugins.torch_local=null", "plugins.te={}", "plugins.bf16=null"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
+BLOCKWISE, MXFP8 = TeBlockwise(TeBlockwiseOptions()), TeMxfp8()
+
+
+def problems(*overrides):
+    """What `check` says of the recipe, without a GPU or TransformerEngine."""
+    from pathlib import Path
+
+    from dsplugins.cli import child
+
+    recipe = str(Path(__file__).parents[3] / "recipes" / RECIPE)
+    request = {"recipe": recipe, "overrides": [*TE, *overrides]}
+    answer = child.start("dsplugins.meta", request, without_gpu=True).answer()
+    return answer["built"], [(one["kind"], one["message"]) for one in answer["problems"]]
+
+
+def test_check_builds_a_recipe_without_te_and_names_what_is_missing():
+    """Core refuses `fp8` with experts where TE is missing: that is no fault of the recipe."""
+    built, found = problems("plugins.te_blockwise={}", *SEQUENTIAL)
+    assert built["stand_ins"] == {"te": "torch_local", "te_blockwise": "bf16"}
+    assert {kind for kind, _ in found} == {"environment"}
+    assert any("Only transformer-engine>=1.7.0 supports MoE FP8 training" in said for _, said in found)
+
+
+def test_sizes_are_refused_before_a_run():
+    sizes = ["model.kv_lora_rank=24", "train.micro_batch=1", "train.global_batch=4", "data.seq_length=40"]
+    built, found = problems("plugins.te_mxfp8={}", *SEQUENTIAL, *sizes)
+    told = [said for kind, said in found if kind == "recipe"]
+    assert built is None
+    assert "plugins.te_mxfp8 takes multiples of 32 tokens, but a rank's micro-batch has 40" in told
+    assert "plugins.te_mxfp8 takes widths of multiples of 32, but model.kv_lora_rank is 24" in told
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["plugins.te_blockwise={}"], "plugins.te_blockwise: conflicts with grouped"),
+        (["plugins.te_blockwise={}", "plugins.te=null", "plugins.torch_local={}", *SEQUENTIAL],
+         "plugins.te_blockwise: requires te"),
+        (["plugins.te_blockwise={}", "plugins.fp8_v3={}", *SEQUENTIAL], "precision"),
+        (["plugins.te_mxfp8={}", "model.fp8=hybrid", *SEQUENTIAL], "model.fp8 has two writers"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together(overrides, said):
+    from dsplugins.contracts import RecipeError
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+    from dsplugins.settings import ledger
+
+    recipe = Recipe.load(RECIPE, [*TE, *overrides])
+    with pytest.raises(RecipeError) as told:
+        plugins, plan = prepare(recipe)
+        raise RecipeError(ledger(plan, plugins, recipe).problems)
+    assert any(said in problem.message for problem in told.value.problems)
+
+
+def machine(plugin, version, capability, cuda, monkeypatch):
+    """What is said of a machine with these."""
+
+    def versions(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", versions)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    plan = SimpleNamespace(
+        slots={}, layout=Layout(), data=SimpleNamespace(seq_length=64), train=SimpleNamespace(micro_batch=1)
+    )
+    model = SimpleNamespace(hidden_size=64, ffn_hidden_size=64, num_moe_experts=None, sequence_parallel=False)
+    found = list(plugin.ds_check(plan=plan, settings=SimpleNamespace(model=model)))
+    assert all(problem.kind == "environment" and problem.remedy for problem in found)
+    return [problem.message for problem in found]
+
+
+def test_machines_that_have_it(monkeypatch):
+    assert machine(BLOCKWISE, "2.20.2+cu13", (9, 0), "13.0", monkeypatch) == []
+    assert machine(BLOCKWISE, "2.3.0", (10, 0), "12.9", monkeypatch) == []
+    assert machine(MXFP8, "2.20.2", (10, 0), "13.0", monkeypatch) == []
+    assert (
+        machine(BLOCKWISE, None, (9, 0), "13.0", monkeypatch) == []
+    )  # the backend te says that it is missing
+
+
+NEEDS = {
+    (
+        BLOCKWISE,
+        "2.2.1",
+        (9, 0),
+        "13.0",
+    ): "needs TransformerEngine 2.3 or newer, installed is 2.2.1",
+    (BLOCKWISE, "2.20.2", (8, 0), "13.0"): "te_blockwise needs Hopper (sm_90) or newer, this GPU is sm_80",
+    (BLOCKWISE, "2.20.2", (9, 0), "12.8"): "needs a torch for CUDA 12.9 or newer, this one is for 12.8",
+    (MXFP8, "2.20.2", (9, 0), "13.0"): "te_mxfp8 needs Blackwell (sm_100): Hopper (sm_90) has no MXFP8",
+    (MXFP8, "2.20.2", (8, 9), "13.0"): "te_mxfp8 needs Blackwell (sm_100), this GPU is sm_89",
+    (MXFP8, "2.20.2", (12, 0), "13.0"): "te_mxfp8 needs Blackwell (sm_100), this GPU is sm_120",
+}
+
+
+@pytest.mark.parametrize("case, said", NEEDS.items())
+def test_machines_that_do_not(case, said, monkeypatch):
+    (message,) = machine(*case, monkeypatch)
+    assert said in message
+
+
+def test_scales_are_an_environment_variable_of_te():
+    """Set in any case: a value that somebody left behind would be taken for the default."""
+    name = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+    assert BLOCKWISE.env == {name: "0"}
+    assert TeBlockwise(TeBlockwiseOptions(scales="fp32")).env == {name: "1"}
