@@ -30,11 +30,12 @@ BLOCK = 1 << 16
 
 
 def initialise(
-    chunks: Sequence[torch.nn.Module], seed: int, std: float, twin: bool = False
+    chunks: Sequence[torch.nn.Module], seed: int, std: float, twin: bool | float = False
 ) -> dict[str, int]:
     """Fill the parameters of this rank's model chunks with N(0, std); return elements by global name.
 
-    A twin has each of these numbers one unit in the last place of its type away, up or down.
+    A twin has each of these numbers elsewhere, up or down: one unit in the last place of its type (`twin` is
+    true), or that share of itself.
 
     Parameters of one dimension (norm gains, biases) stay as built, and so do those with a true
     attribute `ds_keep_init`. The model must not be wrapped in DDP yet: the optimizer's master
@@ -67,7 +68,7 @@ def shards(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
 
 
 @torch.no_grad()
-def fill(shard: ShardedTensor, seed: int, std: float, twin: bool = False) -> None:
+def fill(shard: ShardedTensor, seed: int, std: float, twin: bool | float = False) -> None:
     """Write N(0, std) into `shard.data` in place: FP32 values, cast to the tensor's type, or their twins."""
     data = shard.data.detach()
     target = data if data.is_contiguous() else torch.empty_like(data, memory_format=torch.contiguous_format)
@@ -82,13 +83,15 @@ def fill(shard: ShardedTensor, seed: int, std: float, twin: bool = False) -> Non
     for first in range(0, len(rows), step):
         position = rows[first : first + step, None] + columns
         drawn = (normal(key, position) * std).float().to(data.dtype)
-        view[first : first + step] = _neighbour(drawn, _mix(sides, position)) if twin else drawn
+        view[first : first + step] = _moved(drawn, _mix(sides, position), twin) if twin else drawn
     if target is not data:
         data.copy_(target)
 
 
-def _neighbour(values: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
-    """The next number of the same type, below where `sides` (int64) is negative, else above."""
+def _moved(values: torch.Tensor, sides: torch.Tensor, twin: bool | float) -> torch.Tensor:
+    """The next number of the same type, or the one a share `twin` off; down where `sides` is negative."""
+    if not isinstance(twin, bool):
+        return (values.float() * torch.where(sides < 0, 1.0 - twin, 1.0 + twin)).to(values)
     return torch.nextafter(values, torch.where(sides < 0, -torch.inf, torch.inf).to(values))
 
 

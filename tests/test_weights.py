@@ -170,6 +170,19 @@ def test_a_twin_is_one_unit_away_everywhere(single, dtype):
     assert abs(ups / count - 0.5) < 0.01
 
 
+def test_a_rough_twin_is_a_share_away_everywhere(single):
+    from dsplugins.weights import initialise
+
+    one, other = model(dtype=torch.bfloat16), model(dtype=torch.bfloat16)
+    initialise(one, SEED, STD)
+    initialise(other, SEED, STD, twin=0.25)
+    for (name, a), b in zip(one[0].named_parameters(), other[0].parameters(), strict=True):
+        if a.dim() > 1:
+            ratio = b.detach().double() / a.detach().double()
+            assert (((ratio - 1).abs() - 0.25).abs() <= 1.25 * 2**-8).all(), name
+            assert 0.4 < (ratio > 1).double().mean() < 0.6, name
+
+
 def test_a_twin_is_the_same_in_every_layout(workers):
     whole = [
         assemble([row for rank in workers(2).run(initialised, layout, twin=True) for row in rank])

@@ -1,9 +1,10 @@
 """Does a model learn as well in FP8 as in BF16?
 
-The same seeds and data: BF16; its twin, whose weights start one unit in the last place away; `fp8_v3`; and
-that with only some of the products rounded, to see which rounding costs what. The twin is the floor: nothing
-that differs less than BF16 from itself is a finding. The report's claim is a relative difference of smoothed
-losses below 0.25 % (arXiv 2412.19437, appendix B.1).
+The same seeds and data: BF16; its twin, whose weights start one unit in the last place away; a rough twin,
+whose weights start as far away as rounding to E4M3 takes them; `fp8_v3`; and that with only some of the
+products rounded. The twin is the floor: nothing that differs less than BF16 from itself is a finding. The
+rough twin tells how far a push of FP8's size takes a run that stays in BF16; the parts, which rounding costs
+what. The report's claim is a relative difference of smoothed losses below 0.25 % (arXiv 2412.19437, B.1).
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ BASE = "bf16"
 WAYS = {
     BASE: (),
     "twin": ("train.twin=true",),
+    "rough": ("train.twin=0.026",),
     "fp8_v3": ("plugins.bf16=null", "plugins.fp8_v3={}"),
     "fprop": ("plugins.bf16=null", "plugins.fp8_v3={products: [fprop]}"),
     "backward": ("plugins.bf16=null", "plugins.fp8_v3={products: [dgrad, wgrad]}"),
 }
 """Way -> what it overrides in the recipe, which is `bf16` as it stands."""
 LIMITS = {"twin": 0.001, "fp8_v3": 0.0025}
-"""Way -> largest relative difference between its smoothed losses and those of `bf16`, after warm-up."""
+"""Way -> largest relative difference between its smoothed losses and those of `bf16`, after warm-up, for the
+claim to hold; the other ways explain it."""
 DECAY = 0.9
 """Of the moving average that smooths losses."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -107,9 +110,10 @@ def drift(measured: Sequence[Measured], way: str) -> dict[str, Any]:
 
 def results(measured: Sequence[Measured], steps: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What goes into the record."""
-    found = {way: _compared(measured, way, steps) for way in LIMITS}
+    there = {one.way for one in measured} - {BASE}
+    found = {way: _compared(measured, way, steps) for way in WAYS if way in there}
     return {
-        "holds": all(one["holds"] for one in found.values()),
+        "holds": all(found[way]["holds"] for way in LIMITS),
         "recipe": RECIPE,
         "overrides": list(overrides),
         "ways": {way: " ".join(change) or "the recipe as it is" for way, change in WAYS.items()},
@@ -132,10 +136,10 @@ def _compared(measured: Sequence[Measured], way: str, steps: int) -> dict[str, A
     largest = {seed: float(np.abs(gap[warm_up(steps) :]).max()) for seed, gap in gaps(measured, way).items()}
     drifted = drift(measured, way)
     return {
-        "limit": 100 * LIMITS[way],
+        "limit": 100 * LIMITS[way] if way in LIMITS else None,
         "largest_gap": round(100 * max(largest.values()), 4),
         "largest_gap_by_seed": {seed: round(100 * gap, 4) for seed, gap in largest.items()},
-        "holds": max(largest.values()) < LIMITS[way],
+        "holds": max(largest.values()) < LIMITS[way] if way in LIMITS else None,
         "drift": round(100 * drifted["mean"], 4),
         "drift_by_seed": {seed: round(100 * value, 4) for seed, value in drifted["by_seed"].items()},
         "drift_half_interval": None

@@ -10,7 +10,11 @@ import numpy as np
 
 from dsplugins.experiments.fp8 import BASE, LIMITS, Measured, gaps, smoothed, warm_up
 
-LOOKS = {"twin": ("BF16, weights one ulp away", "#5b7083"), "fp8_v3": ("fp8_v3", "#1f5fa8")}
+LOOKS = {
+    "twin": ("BF16, weights one ulp away", "#5b7083"),
+    "rough": ("BF16, weights 2.6 % away", "#d9a441"),
+    "fp8_v3": ("fp8_v3", "#1f5fa8"),
+}
 """Way -> name and colour."""
 
 
@@ -39,7 +43,7 @@ def draw(measured: Sequence[Measured], path: Path) -> None:
 def _losses(panel: Any, measured: Sequence[Measured]) -> None:
     first = min(one.seed for one in measured)
     looks = {BASE: ("BF16", "#c8553d"), **LOOKS}
-    for one in (one for one in measured if one.seed == first):
+    for one in (one for one in measured if one.seed == first and one.way in looks):
         name, colour = looks[one.way]
         curve = smoothed(one.losses)
         panel.plot(np.arange(1, len(curve) + 1), curve, color=colour, linewidth=1.2, label=name)

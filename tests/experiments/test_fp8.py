@@ -83,14 +83,18 @@ def test_ways_differ_in_nothing_else():
         (way, seed): Recipe.load(run.recipe, [*run.overrides])
         for way, seed, run in runs(90, 2, ["train.log_every=3"])
     }
-    assert len(found) == 6 and not any(recipe.problems for recipe in found.values())
+    assert len(found) == 12 and not any(recipe.problems for recipe in found.values())
     for seed in (1, 2):
-        base, twin, quantised = (found[way, seed] for way in WAYS)
+        base, twin, rough, quantised, *parts = (found[way, seed] for way in WAYS)
         assert base.sections["train"]["seed"] == seed and base.sections["train"]["log_every"] == 3
         assert twin.sections == {**base.sections, "train": {**base.sections["train"], "twin": True}}
         assert twin.plugins == base.plugins and quantised.sections == base.sections
         others = {name: options for name, options in base.plugins.items() if name != "bf16"}
         assert quantised.plugins == {**others, "fp8_v3": {}}
+        assert rough.sections["train"] == {**base.sections["train"], "twin": 0.026}
+        products = [part.plugins["fp8_v3"]["products"] for part in parts]
+        assert products == [["fprop"], ["dgrad", "wgrad"]]
+        assert all({**part.plugins, "fp8_v3": {}} == quantised.plugins for part in parts)
 
 
 def test_weights_of_its_recipe_are_several_blocks():
@@ -114,7 +118,7 @@ def test_the_picture(tmp_path):
 
 
 def test_the_command_trains_and_records(tmp_path, monkeypatch):
-    """Losses as a run leaves them, in the place of the nine runs."""
+    """Losses as a run leaves them, in the place of the 18 runs."""
     from click.testing import CliRunner
 
     from dsplugins.cli import experiment_runs, fp8
@@ -137,3 +141,6 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
     assert record["results"]["percent"]["fp8_v3"]["largest_gap"] == pytest.approx(0.1)
     assert record["command"] == "dsplugins experiment fp8 --steps 30 --seeds 3"
     assert (tmp_path / "fp8.png").exists()
+    explained = [way for way, one in record["results"]["percent"].items() if one["limit"] is None]
+    assert explained == ["rough", "fprop", "backward"]
+    assert [record["results"]["percent"][way]["holds"] for way in explained] == [None] * 3
