@@ -21,7 +21,7 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
     `recipe` may lay the model out differently than the run did. Nothing is written. Returns the checkpoint,
     the fields of Evaluation, the data's baselines, and how `recipe` and plugins differ from the run's.
 
-    Raises EnvironmentUnfit where there is no such checkpoint, Unfit where it doesn't fit the model.
+    Raises EnvironmentUnfit where there is no such checkpoint, RecipeError where it doesn't fit the model.
     """
     quiet()
     plugins, plan = prepare(recipe)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,8 +33,14 @@ FILES = (
     ),
     *("built.json", "run.json", "bytes_on_wire.json", "fp8_monitor.json", "report.html"),
 )
+LOCK = "lock"
+"""File that a run holds while it lasts; what is in it is for people."""
 STOPPED = 75
 """Exit code of a rank that stopped early, as it was asked to: no failure."""
+
+
+class Occupied(EnvironmentUnfit):
+    """Another run is under way in this directory: nothing there may be written, `status.json` neither."""
 
 
 class RunDirectory:
@@ -65,6 +72,32 @@ class RunDirectory:
         """Steps that the run here took."""
         with (self.path / "metrics.jsonl").open("rb") as file:
             return sum(1 for _ in file)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else runs here meanwhile. Ends with the process, however that ends.
+
+        Raises Occupied while somebody does. Where the file system has no locks, nobody is refused.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("a+")
+        except OSError as error:
+            raise self._unfit(error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                said = f"a run is under way in {self.path}, by {file.read() or 'another process'}"
+                raise Occupied(f"{said}: stop that one, or name another run.directory") from error
+            except OSError:
+                yield
+                return
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}")
+            file.flush()
+            yield
 
     def announce(self) -> None:
         """Make the folder, and replace an old `status.json`: a run that dies without a word has code null.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import changes, environment, process_group
+from dsplugins import changes, environment, process_group, rank
 from dsplugins.contracts import EnvironmentUnfit, Evaluation, RunEnd, Step, Train
 from dsplugins.manager import HookFailure
 from dsplugins.plan import prepare
@@ -44,10 +45,36 @@ def train(recipe: Recipe, fresh: bool = False) -> None:
         process_group.nodes_fit(Path(plan.run.directory))
         from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
 
-        run = assemble(recipe, plan, plugins, platform, device)
-        Loop(run, RunDirectory(Path(plan.run.directory)), display).run(recipe, fresh)
+        directory = RunDirectory(Path(plan.run.directory))
+        with _alone(directory):
+            run = assemble(recipe, plan, plugins, platform, device)
+            Loop(run, directory, display).run(recipe, fresh)
     finally:
         display.stop_bar()
+
+
+@contextmanager
+def _alone(directory: RunDirectory) -> Iterator[None]:
+    """Rank 0 holds the run directory meanwhile, unless our launcher does. Collective.
+
+    Raises Occupied on all ranks while another run is under way there.
+    """
+    import torch
+
+    if rank.has_launcher():
+        yield
+        return
+    with ExitStack() as stack:
+        refused: list[EnvironmentUnfit | None] = [None]
+        if not rank.number():
+            try:
+                stack.enter_context(directory.held())
+            except EnvironmentUnfit as error:
+                refused = [error]
+        torch.distributed.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise refused[0]
+        yield
 
 
 class Loop:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 
+from dsplugins import rundir
 from dsplugins.cli import exits
 from dsplugins.cli.train import _fail
 from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.manager import HookFailure
-from dsplugins.rundir import RunDirectory
+from dsplugins.rundir import Occupied, RunDirectory
 
 
 @pytest.fixture
@@ -194,3 +199,49 @@ def test_a_dump_is_kept_unless_the_run_is_to_be_fresh(tmp_path, fresh):
     (tmp_path / "not_finite").mkdir()
     RunDirectory(tmp_path).start(Described(), Described(), fresh)
     assert (tmp_path / "not_finite").exists() is not fresh
+
+
+def test_a_directory_has_one_run_at_a_time(tmp_path):
+    """Whoever comes second hears who is there, and leaves everything as it was."""
+    with RunDirectory(tmp_path).held():
+        said = rf"by process {os.getpid()} of .*: stop that one, or name"
+        with pytest.raises(Occupied, match=said), RunDirectory(tmp_path).held():
+            pass
+    with RunDirectory(tmp_path).held():
+        pass
+
+
+def test_a_killed_run_blocks_nobody(tmp_path):
+    code = "from dsplugins.rundir import RunDirectory as R; from pathlib import Path; import os\n"
+    code += f"with R(Path({str(tmp_path)!r})).held(): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    with RunDirectory(tmp_path).held():
+        assert str(os.getpid()) in (tmp_path / "lock").read_text()
+
+
+def test_without_locks_nobody_is_refused(tmp_path, monkeypatch):
+    def none(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(rundir.fcntl, "flock", none)
+    with RunDirectory(tmp_path).held(), RunDirectory(tmp_path).held():
+        pass
+
+
+@pytest.mark.parametrize("by", ["launcher", "torchrun"])
+def test_a_second_start_of_a_run_is_refused(tmp_path, by):
+    """By our launcher, and by the ranks where torchrun starts them: one line, nothing is written."""
+    recipe = Path(__file__).parent / "tiny.yaml"
+    arguments = ["dsplugins", "train", str(recipe), "run.world_size=2", "run.directory=out"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    run = RunDirectory(tmp_path / "out")
+    with run.held():
+        run.announce()
+        before = (tmp_path / "out" / "status.json").read_bytes()
+        line = [sys.executable, "-m", *(torchrun if by == "torchrun" else []), *arguments]
+        done = forks.run(line, cwd=tmp_path)
+        assert (tmp_path / "out" / "status.json").read_bytes() == before
+        assert {each.name for each in (tmp_path / "out").iterdir()} == {"lock", "status.json"}
+    assert done.returncode == (4 if by == "launcher" else 1)  # torchrun's own
+    told = [line for line in done.stderr.splitlines() if "a run is under way in out" in line]
+    assert len(told) == 1 and "this machine can't run it" in told[0]

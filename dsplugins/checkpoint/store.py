@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 from dsplugins.checkpoint.pieces import Piece
 from dsplugins.checkpoint.planners import PieceLoader, PieceSaver, Unfit
+from dsplugins.contracts import Problem, RecipeError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -82,18 +83,23 @@ def save(
 def load(checkpoint: Checkpoint, held: Sequence[Piece], group: dist.ProcessGroup) -> None:
     """Fill `held` from a checkpoint of any layout; collective over `group`.
 
-    Raises Unfit on all ranks where one of them needs what it doesn't hold; nothing is filled then.
+    Raises RecipeError on all ranks where one of them needs what it doesn't hold; nothing is filled then.
     """
     reader = dcp.FileSystemReader(checkpoint.path)
     try:
         dcp.load({}, storage_reader=reader, planner=PieceLoader(held), process_group=group)
     except dcp.CheckpointException as error:
-        raise Unfit(f"{checkpoint.path} doesn't fit this run: {_told(error)}") from error
+        said = f"{checkpoint.path} doesn't fit this run: {_told(error)}"
+        remedy = "give the sizes and plugins that it was saved with, or train from the start elsewhere"
+        raise RecipeError([Problem(said, "model", remedy)]) from error
 
 
 def _told(error: dcp.CheckpointException) -> str:
     """What went wrong on the ranks where it did, each thing once."""
-    causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
+    causes = {
+        str(cause) if isinstance(cause, Unfit) else f"{type(cause).__name__}: {cause}"
+        for cause, _ in error.failures.values()
+    }
     return "; ".join(sorted(causes))
 
 
@@ -202,19 +208,23 @@ def _fault(file: Path, expected: Mapping[str, Any]) -> str | None:
 
 
 def together(group: dist.ProcessGroup, work: Any) -> list[Any]:
-    """What `work` returned on each rank. Raises on all ranks, naming those, where it failed on some."""
+    """What `work` returned on each rank. Raises on all ranks, naming those, where it failed on some.
+
+    OSError where nothing but files and folders were in the way, else RuntimeError.
+    """
     try:
-        outcome: tuple[Any, str] = (work(), "")
+        outcome: tuple[Any, str, type[Exception]] = (work(), "", OSError)
     except OSError as error:
-        outcome = (None, f"{error.strerror or type(error).__name__}: {error.filename}")
+        outcome = (None, f"{error.strerror or type(error).__name__}: {error.filename}", OSError)
     except Exception as error:  # the others wait: whatever it is, they must hear of it
-        outcome = (None, f"{type(error).__name__}: {error}")
+        outcome = (None, f"{type(error).__name__}: {error}", RuntimeError)
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, outcome, group=group)
-    failed = [f"rank {rank}: {said}" for rank, (_, said) in enumerate(everyone) if said]
+    failed = [(f"rank {rank}: {said}", kind) for rank, (_, said, kind) in enumerate(everyone) if said]
     if failed:
-        raise OSError("; ".join(failed))
-    return [value for value, _ in everyone]
+        kind = RuntimeError if any(kind is RuntimeError for _, kind in failed) else OSError
+        raise kind("; ".join(said for said, _ in failed))
+    return [value for value, *_ in everyone]
 
 
 __all__ = [

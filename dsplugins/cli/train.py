@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 if TYPE_CHECKING:
     from dsplugins.contracts import Plan
+    from dsplugins.launcher import Outcome
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
     from dsplugins.rundir import RunDirectory
@@ -67,8 +68,10 @@ def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
     from dsplugins.cli import exits
     from dsplugins.contracts import RecipeError
     from dsplugins.manager import HookFailure
-    from dsplugins.rundir import STOPPED
+    from dsplugins.rundir import STOPPED, Occupied
 
+    if isinstance(error, Occupied):
+        exits.leave(exits.code_of(error), "" if rank.number() else exits.message_of(error))
     if isinstance(error, RecipeError):
         error = RecipeError(recipe.located(error.problems))
     code, reason = exits.code_of(error), exits.reason_of(error)
@@ -85,7 +88,6 @@ def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
 def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) -> None:
     """Start the ranks on this machine and wait for them; their code is this process's."""
     from dsplugins import environment
-    from dsplugins.cli import exits
     from dsplugins.rundir import RunDirectory
 
     plugins, plan = prepared(recipe)
@@ -95,17 +97,25 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
     environment.provide(plugins)
     from dsplugins.launcher import run_local
 
-    run.announce()
-    outcome = run_local(world_size, arguments)
+    with run.held():
+        run.announce()
+        status = _outcome(run, run_local(world_size, arguments))
+    if status["code"]:
+        line = shlex.join(["dsplugins", *arguments])
+        click.echo(f"{line}: exit code {status['code']}: {status['reason']}", err=True)
+    raise SystemExit(status["code"])
+
+
+def _outcome(run: RunDirectory, outcome: Outcome) -> dict[str, Any]:
+    """What `status.json` holds at the end, with what the ranks did not say themselves."""
+    from dsplugins.cli import exits
+
     code = outcome.code if outcome.code in exits.CODES else 1
     status = run.status() or {"code": None}
     if outcome.unsaid or status["code"] != code:  # the ranks did not say so, or not all of it
         reason = outcome.reason if code else "all ranks left before the run was complete"
         status = run.end(code or 1, reason, overrule=True)
-    if status["code"]:
-        line = shlex.join(["dsplugins", *arguments])
-        click.echo(f"{line}: exit code {status['code']}: {status['reason']}", err=True)
-    raise SystemExit(status["code"])
+    return status
 
 
 def prepared(recipe: Recipe) -> tuple[Plugins, Plan]:

@@ -96,15 +96,21 @@ def lacking(way: Way) -> str | None:
     if library and importlib.util.find_spec(library) is None:
         return f"{library} is not installed"
     if way.format in OURS:
-        from dsplugins.plugins.precision.fp8.needs import of_machine
-
-        for problem in of_machine(way.format.split()[1]):
-            return problem.message
+        for problem in _precision(way).lacks():
+            return str(problem.message)
     if way.part == "moe_layer" and torch.cuda.is_available():
         there = torch.cuda.get_device_properties(0).total_memory
         if there < NEEDED:
             return f"needs {NEEDED / 2**30:.0f} GiB of GPU memory, this one has {there / 2**30:.0f}"
     return None
+
+
+def _precision(way: Way) -> Any:
+    """The plugin of the slot precision that it names."""
+    from dsplugins.experiments.gpu_layer import alone
+
+    _, plugins, _ = alone(changes(way))
+    return next(item.plugin for item in plugins if item.slot == "precision")
 
 
 def measure(way: Way, overrides: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:

@@ -15,12 +15,8 @@ from dsplugins.experiments.gpu import STEP
 from dsplugins.quiet import quiet
 
 if TYPE_CHECKING:
-    import torch
-
     from dsplugins.contracts import Platform
-    from dsplugins.experiments.gpu_fp8 import Clock
     from dsplugins.experiments.gpu_layer import Layer
-    from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
 
 IN_A_ROW = 10
 """Calls of a kernel between two looks at the clock: starting one takes as long as a small one runs."""
@@ -89,37 +85,23 @@ def few_experts(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
 
 
 def products(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
-    """V3's products in FP8."""
-    from dsplugins.experiments import gpu_fp8
-
-    arithmetic, device, clock = _fp8(overrides, rounds)
-    small = device.type == "cpu"
-    shapes = {"small": (2, 96, 64)} if small else gpu_fp8.SHAPES
-    rows = gpu_fp8.products(arithmetic, shapes, 32 if small else gpu_fp8.TOKENS, device, clock)
-    peak = gpu_fp8.peak_tflops(64 if small else gpu_fp8.PEAK, device, clock)
-    return {"rows": rows, "aim": gpu_fp8.reached(rows, "ratio_to_bf16", 1.6), "bf16_peak_tflops": peak}
+    """Those of the plugin of the slot precision."""
+    return _own("products", overrides, rounds)
 
 
 def casts(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
-    """FP8's casts."""
-    from dsplugins.experiments import gpu_fp8
-
-    arithmetic, device, clock = _fp8(overrides, rounds)
-    tokens, width = (64, 256) if device.type == "cpu" else (gpu_fp8.TOKENS, 7168)
-    rows = gpu_fp8.casts(arithmetic, tokens, width, device, clock)
-    return {"rows": rows, "aim": gpu_fp8.reached(rows, "ratio_to_copy", 0.8)}
+    """Those of the plugin of the slot precision."""
+    return _own("casts", overrides, rounds)
 
 
-def _fp8(overrides: Sequence[str], rounds: int) -> tuple[Arithmetic, torch.device, Clock]:
-    """What the recipe's fp8_v3 multiplies with, where, and a clock: seconds of a call, many in a row."""
+def _own(what: str, overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """What a number format measures of itself, by a clock that looks once for many calls."""
     from dsplugins import process_group
     from dsplugins.experiments.gpu_layer import alone
-    from dsplugins.plugins.precision.fp8.backends import arithmetic
 
-    recipe, plugins, plan = alone(overrides)
+    _, plugins, plan = alone(overrides)
     platform, device = process_group.stand(plan, plugins)
     process_group.start(platform, plan)
-    named = recipe.plugins["fp8_v3"] or {}
 
     def clock(once: Callable[[], object]) -> list[float]:
         def often() -> None:
@@ -128,7 +110,8 @@ def _fp8(overrides: Sequence[str], rounds: int) -> tuple[Arithmetic, torch.devic
 
         return [seconds / IN_A_ROW for seconds in timed(often, platform, rounds)]
 
-    return arithmetic(named.get("backend", "reference")), device, clock
+    plugin: Any = next(item.plugin for item in plugins if item.slot == "precision")
+    return dict(plugin.measures()[what](device, clock))
 
 
 def _module(layer: Layer, module: Any, rounds: int, *more: Any) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def main(run_directory: str, command: Sequence[str]) -> int:
     """
     run = RunDirectory(Path(run_directory))
     if os.environ.get("PET_NODE_RANK", "0") == "0":
-        run.announce()  # what stands in status.json afterwards is of this attempt
+        with run.held():  # for as long as that takes: the run's rank 0 holds it then
+            run.announce()  # what stands in status.json afterwards is of this attempt
     before = run.status()
     ended = _run(command)
     return _verdict(ended, before, run.status())

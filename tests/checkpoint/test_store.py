@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dsplugins.checkpoint import store
 from dsplugins.checkpoint.pieces import Piece
-from dsplugins.checkpoint.planners import Unfit
+from dsplugins.contracts import RecipeError
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_the_last_k_and_every_nth_are_kept(tmp_path, group):
 def test_what_is_missing_is_named(tmp_path, group):
     checkpoint = save(tmp_path, 1, group)
     other = Piece("weights/y", (4, 3), (0, 0), torch.zeros(4, 3), True)
-    with pytest.raises(Unfit, match="weights/y is not in it"):
+    with pytest.raises(RecipeError, match="step-00000001 doesn't fit this run: weights/y is not in it"):
         store.load(checkpoint, [other], group)
 
 
@@ -106,7 +106,7 @@ def test_damaged_ones_are_set_aside_and_push_no_good_one_out(tmp_path, group):
 
 
 def test_whatever_goes_wrong_on_a_rank_is_heard_by_all(tmp_path, group):
-    with pytest.raises(OSError, match="rank 0: TypeError: .*not JSON serializable"):
+    with pytest.raises(RuntimeError, match="rank 0: TypeError: .*not JSON serializable"):
         store.save(tmp_path, 1, [piece(1)], {"facts": object()}, group)
 
 

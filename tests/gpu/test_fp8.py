@@ -34,9 +34,9 @@ def apart(mine, theirs):
 
 def product_errors(arithmetic, device, tokens):
     """Of each shape and product, relative to the reference on the same numbers."""
-    from dsplugins.experiments import gpu_fp8
+    from dsplugins.plugins.precision.fp8 import measure
 
-    rows = gpu_fp8.products(arithmetic, SHAPES, tokens, device, lambda call: [float(call() is not None)])
+    rows = measure.rates(arithmetic, SHAPES, tokens, device, lambda call: [float(call() is not None)])
     return {(row["linear"], row["product"]): row["error"] for row in rows}
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsplugins.contracts import Problem
 from dsplugins.hookspecs import hookimpl
@@ -75,7 +75,26 @@ class Fp8V3:
             yield from _not_swiglu(settings.model)
         if self.options.backend != "reference":
             yield from needs.of_recipe(self.options, plan, settings)
-            yield from needs.of_machine(self.options.backend)
+        yield from self.lacks()
+
+    def lacks(self) -> Iterable[Problem]:
+        """What this machine lacks for the backend."""
+        from dsplugins.plugins.precision.fp8 import needs
+
+        return () if self.options.backend == "reference" else needs.of_machine(self.options.backend)
+
+    def measures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
+        """What `dsplugins experiment gpu` asks of the backend: its products, its casts."""
+        from functools import partial
+
+        from dsplugins.plugins.precision.fp8 import measure
+        from dsplugins.plugins.precision.fp8.backends import arithmetic
+
+        mine = arithmetic(self.options.backend)
+        return {
+            "products": partial(measure.products, mine),
+            "casts": partial(measure.casts, mine),
+        }
 
     @hookimpl
     def ds_precision(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> BackendSpecProvider:

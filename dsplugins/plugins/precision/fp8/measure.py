@@ -1,4 +1,4 @@
-"""V3's matrix products in FP8, and the casts before them, beside BF16 and beside a copy of the same bytes.
+"""An arithmetic measured: V3's products beside BF16, the casts before them beside a copy of as many bytes.
 
 Shape legend: T tokens, N outputs, K inputs of a linear, E experts.
 """
@@ -32,6 +32,12 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {
 """E, N, K: the shapes that DeepGEMM's tests take from V3, and two of them for a rank's experts."""
 TOKENS = 4096
 """Of each linear or expert: a sequence, and what V3's micro-batches bring an expert with EP64 in the mean."""
+SMALL = {"small": (2, 96, 64)}
+"""In the place of SHAPES where a CPU does it, in tests."""
+WIDTH = 7168
+"""V3's hidden size."""
+FASTER, OF_A_COPY = 1.6, 0.8
+"""What is aimed at: a product's rate over BF16's, a cast's bytes a second over a copy's."""
 PEAK = 8192
 """M, N, K of the product that a card's BF16 peak is measured by."""
 
@@ -89,7 +95,23 @@ def plain(given: Operands) -> dict[str, Callable[[], torch.Tensor]]:
     }
 
 
-def products(
+def products(arithmetic: Arithmetic, device: torch.device, clock: Clock) -> dict[str, Any]:
+    """Rows of V3's shapes, how many of them reach what is aimed at, and the card's own BF16 peak."""
+    small = device.type == "cpu"
+    shapes, tokens = (SMALL, 32) if small else (SHAPES, TOKENS)
+    rows = rates(arithmetic, shapes, tokens, device, clock)
+    peak = peak_tflops(64 if small else PEAK, device, clock)
+    return {"rows": rows, "aim": reached(rows, "ratio_to_bf16", FASTER), "bf16_peak_tflops": peak}
+
+
+def casts(arithmetic: Arithmetic, device: torch.device, clock: Clock) -> dict[str, Any]:
+    """Rows of the casts of a sequence of V3's width, and how many reach what is aimed at."""
+    tokens, width = (64, 256) if device.type == "cpu" else (TOKENS, WIDTH)
+    rows = speeds(arithmetic, tokens, width, device, clock)
+    return {"rows": rows, "aim": reached(rows, "ratio_to_copy", OF_A_COPY)}
+
+
+def rates(
     arithmetic: Arithmetic,
     shapes: Mapping[str, tuple[int, int, int]],
     tokens: int,
@@ -119,7 +141,7 @@ def products(
     return rows
 
 
-def casts(
+def speeds(
     arithmetic: Arithmetic, tokens: int, width: int, device: torch.device, clock: Clock
 ) -> list[dict[str, Any]]:
     """A row for each cast: bytes read and written a second, beside those of a copy of as many."""
