@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[str, Any]:
     """Evaluate the newest good checkpoint of the run in `directory`, or the one of `step`; collective.
 
-    `recipe` may lay the model out differently than the run did. Nothing is written. Returns the checkpoint,
+    `recipe` may lay the model out differently than the run did. Nothing is written but the
+    indexes that the data plugin makes of a corpus. Returns the checkpoint,
     the fields of Evaluation, the data's baselines, and how `recipe` and plugins differ from the run's.
 
     Raises EnvironmentUnfit where there is no such checkpoint, RecipeError where it doesn't fit the model.
@@ -27,6 +28,8 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
     plugins, plan = prepare(recipe)
     process_group.right_world(plan)
     platform, device = process_group.stand(plan, plugins)
+    process_group.start(platform, plan)
+    process_group.nodes_see(directory / "recipe.resolved.yaml")
     import torch
 
     from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it

@@ -185,9 +185,9 @@ def ds_schedule(plan: Plan) -> PipelineSchedule:
 
 @hookspec(firstresult=True)
 def ds_optimizer(config: OptimizerConfig, chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
-    """Slot. The optimizer over DDP-wrapped chunks; must follow `set_learning_rate` of the loop,
-    which writes `lr` into every param group (times the group's `lr_mult`, if any). A plugin with an
-    attribute `moments` (`float32`, `bfloat16`) has the types of its optimizer's state audited."""
+    """Slot. The optimizer over DDP-wrapped chunks. Must follow the loop's rate, which is written as `lr` into
+    every param group (times the group's `lr_mult`, if any). A plugin with an attribute `moments` (`float32`,
+    `bfloat16`) has the types of its optimizer's state audited."""
     raise NotImplementedError
 
 

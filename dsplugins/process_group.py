@@ -109,16 +109,30 @@ def nodes_fit(directory: Path) -> None:
     """
     if not rank.several_nodes():
         return
-    import torch
-
     mark = _mark(directory)
-    mine = (socket.gethostname(), mark.exists(), rank.node_numbers())
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
+    everyone = _seen(mark)
     if rank.number() == 0:
         mark.unlink()
     _same_folder(directory, everyone)
     _same_order(everyone)
+
+
+def nodes_see(file: Path) -> None:
+    """As `nodes_fit`, by a `file` of a run that stands there: nothing is written."""
+    if rank.several_nodes():
+        everyone = _seen(file)
+        _same_folder(file.parent, everyone)
+        _same_order(everyone)
+
+
+def _seen(file: Path) -> list[Seen]:
+    """Of each rank: its host, whether it sees `file`, its node's numbers. Collective."""
+    import torch
+
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    mine = (socket.gethostname(), file.exists(), rank.node_numbers())
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _mark(directory: Path) -> Path:

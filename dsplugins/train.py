@@ -241,7 +241,8 @@ class Loop:
 
         self.evaluation = evaluate(self.assembly, done)
         self.plugins.event("ds_evaluated", evaluation=self.evaluation)
-        if self.leads:
+        # A run that died between its last evaluation and its end has this one already.
+        if self.leads and done not in self.directory.evaluated():
             self.directory.log_evaluation(vars(self.evaluation))
         self.display.evaluation(self.evaluation, self.baselines)
 

@@ -19,7 +19,7 @@ process_group.start(S(distributed_backend="gloo"), S(run=S(timeout_minutes=1)))
 """
 
 
-def fit(folders, numbers):
+def fit(folders, numbers, file=None):
     """What a rank is told that sees `folders[rank]` and whose node has these numbers; None if all is well."""
     import torch
 
@@ -31,7 +31,10 @@ def fit(folders, numbers):
     before = dict(os.environ)
     os.environ |= {name: str(value) for name, value in told.items()}
     try:
-        process_group.nodes_fit(Path(folders[me]))
+        if file:
+            process_group.nodes_see(Path(folders[me], file))
+        else:
+            process_group.nodes_fit(Path(folders[me]))
     except EnvironmentUnfit as error:
         return str(error)
     finally:
@@ -42,8 +45,8 @@ def fit(folders, numbers):
 
 @pytest.fixture
 def nodes(workers, tmp_path):
-    def ask(folders=("out", "out"), numbers=((0, 0), (1, 1))):
-        return workers(2).run(fit, [str(tmp_path / each) for each in folders], numbers)
+    def ask(folders=("out", "out"), numbers=((0, 0), (1, 1)), file=None):
+        return workers(2).run(fit, [str(tmp_path / each) for each in folders], numbers, file)
 
     return ask
 
@@ -61,6 +64,16 @@ def test_a_run_directory_that_is_not_shared(nodes, tmp_path):
         second.startswith(f"run.directory {tmp_path / 'elsewhere'} is not")
         and "that all nodes share" in second
     )
+
+
+def test_a_run_that_stands_somewhere_is_seen_by_all_or_refused(nodes, tmp_path):
+    """Without a mark: whoever only looks writes nothing."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe").touch()
+    assert nodes(folders=("run", "run"), file="recipe") == [None, None]
+    first, second = nodes(folders=("run", "out"), file="recipe")
+    assert "is not the same folder everywhere: ranks 1 (" in first and "same folder" in second
+    assert [each.name for each in tmp_path.rglob("*")] == ["run", "recipe"]
 
 
 def test_a_run_directory_that_rank_0_can_not_make(nodes, tmp_path):

@@ -245,3 +245,20 @@ def test_a_second_start_of_a_run_is_refused(tmp_path, by):
     assert done.returncode == (4 if by == "launcher" else 1)  # torchrun's own
     told = [line for line in done.stderr.splitlines() if "a run is under way in out" in line]
     assert len(told) == 1 and "this machine can't run it" in told[0]
+
+
+def test_an_evaluation_is_logged_once(tmp_path, monkeypatch):
+    """A run that died after its last one, before `run.json`, looks again when it goes on."""
+    from dsplugins import evaluate
+    from dsplugins.train import Loop
+
+    looked = SimpleNamespace(step=4, loss=2.5)
+    monkeypatch.setattr(evaluate, "evaluate", lambda run, done: looked)
+    loop = Loop.__new__(Loop)
+    loop.assembly, loop.leads, loop.baselines = None, True, {}
+    loop.directory = RunDirectory(tmp_path)
+    loop.plugins = SimpleNamespace(event=lambda *name, **given: [])
+    loop.display = SimpleNamespace(evaluation=lambda *shown: None)
+    loop._evaluate(4)
+    loop._evaluate(4)
+    assert (tmp_path / "evaluations.jsonl").read_text() == '{"step": 4, "loss": 2.5}\n'

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 @click.option("--step", type=int, help="The checkpoint of this step instead of the newest good one.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def command(run: Path, overrides: tuple[str, ...], step: int | None, as_json: bool) -> None:
-    """Evaluate the newest checkpoint of a run directory on its validation split. Writes nothing.
+    """Evaluate the newest checkpoint of a run directory on its validation split.
 
+    Writes nothing, but that `indexed` keeps the indexes of other samples beside the run's, in RUN/data_index.
     Shows validation loss, bits per byte, MTP's acceptance and the load of the experts. Overrides are dot
     keys as for `train`: evaluate.sequences=512 looks at more, run.world_size=1 parallel.expert=1 loads the
     same weights into one process.

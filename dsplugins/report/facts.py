@@ -12,6 +12,9 @@ from typing import Any
 from dsplugins.pictures.style import read_evaluations, read_metrics
 from dsplugins.words import duration, size
 
+BEING_WRITTEN = ".partial"
+"""How the name of a checkpoint ends that is half written, or half removed."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -29,6 +32,7 @@ class Facts:
     evaluations: list[dict[str, Any]]
     changes: list[dict[str, Any]]
     checkpoints: list[str]
+    """Those that count, and those that were found damaged, under a name that says so."""
     dumps: list[str]
     """Folders of `not_finite/`."""
 
@@ -86,7 +90,11 @@ def read(directory: Path) -> Facts:
         rows=read_metrics(directory),
         evaluations=read_evaluations(directory),
         changes=_lines(directory / "changes.jsonl"),
-        checkpoints=[path.name for path in sorted(directory.glob("checkpoints/step-*"))],
+        checkpoints=[
+            path.name
+            for path in sorted(directory.glob("checkpoints/step-*"))
+            if not path.name.endswith(BEING_WRITTEN)
+        ],
         dumps=[path.name for path in sorted(directory.glob("not_finite/step-*"))],
     )
 
@@ -96,7 +104,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Without a last line that is just being written."""
+    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in whole if line.endswith("\n")]
 
 
 def _number(value: float | None) -> str:

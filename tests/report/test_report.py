@@ -117,6 +117,17 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert "state no status.json" in shown and "checkpoints none" in shown
 
 
+def test_a_run_that_is_being_written(run):
+    """Checkpoints that don't count yet aren't offered, damaged ones are, by name; half lines are left out."""
+    for name in ("step-00000005.partial", "step-00000003.damaged"):
+        (run / "checkpoints" / name).mkdir()
+    for name in ("metrics.jsonl", "evaluations.jsonl", "changes.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 5, "lo')
+    shown = text(page(read(run)))
+    assert "checkpoints step-00000003.damaged, step-00000004" in shown and "partial" not in shown
+
+
 def test_a_run_that_failed_says_why(run):
     (run / "status.json").write_text(json.dumps({"code": 1, "reason": "rank 1: NotFinite: step 5"}))
     (run / "run.json").unlink()
