@@ -14,6 +14,7 @@ A plugin's class may also declare, as plain attributes:
 - `requires` and `conflicts`, names of plugins or slots.
 - `env`, environment variables that it needs: `{"NAME": "value"}`. `train` sets them before torch is
   imported, and refuses to start with other values; `launch` exports them.
+- `told`, a word or two about the choice that it stands for: a run shows them beside its name.
 - `stand_in`, for a plugin whose parts can't be made without a library or a GPU: the name of another plugin
   of its slot whose parts have the same parameters. `dsplugins check` builds with that one; a run never does.
 """

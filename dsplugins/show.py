@@ -33,7 +33,9 @@ class Display:
         for column in ("slot", "plugin", "from"):
             table.add_column(column)
         for item in plugins:
-            table.add_row(item.slot, item.name, f"{item.offer.distribution} {item.offer.version}")
+            told = getattr(item.plugin, "told", "")
+            name = f"{item.name} ({told})" if told else item.name
+            table.add_row(item.slot, name, f"{item.offer.distribution} {item.offer.version}")
         self.console.print(table)
         sizes = {k: v for k, v in vars(plan.layout).items() if v > 1 and k != "world_size"}
         layout = (

@@ -29,6 +29,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "data 2, overlapped": LATE,
     "data 2, no ZeRO": ("plugins.adamw.zero=false",),
     "expert 2, alltoall": ("parallel.expert=2",),
+    "expert 2, fp8_alltoall": ("parallel.expert=2", "plugins.alltoall=null", "plugins.fp8_alltoall={}"),
     "expert 2, allgather": ("parallel.expert=2", "plugins.alltoall=null", "plugins.allgather={}"),
     "tensor 2": ("parallel.tensor=2",),
     "pipeline 2": ("parallel.pipeline=2",),

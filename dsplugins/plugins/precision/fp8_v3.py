@@ -51,6 +51,7 @@ class Fp8V3:
 
     def __init__(self, options: Fp8V3Options) -> None:
         self.options = options
+        self.told = f"backend {options.backend}"
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
