@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dsplugins.contracts import DispatcherFactory, Plan, Problem, Settings
 from dsplugins.hookspecs import hookimpl
+from dsplugins.plugins.dispatcher.refusals import refused
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -24,12 +25,8 @@ class AllToAll:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
-        """Overlapped shared experts run inside the dispatcher, which has to be handed them: it isn't."""
-        if not settings.model.moe_shared_expert_overlap:
-            return []
-        key = "model.moe_shared_expert_overlap"
-        said = f"{key}=True: the shared experts would be left out, alltoall isn't given them"
-        return [Problem(said, key, "leave it out: the shared experts then run on their own")]
+        """What core's own order of things can't do here."""
+        return refused("alltoall", plan, settings)
 
     @hookimpl
     def ds_dispatcher(self, config: MLATransformerConfig) -> DispatcherFactory:

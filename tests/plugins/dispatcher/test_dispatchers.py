@@ -8,7 +8,9 @@ import pytest
 import torch
 from oracles.dispatch import CASES, DISPATCHERS, EXPERTS, E, expected, routed, through, whole
 
+from dsplugins.contracts import Layout
 from dsplugins.plugins.dispatcher.alltoall import AllToAll
+from dsplugins.plugins.dispatcher.fp8_alltoall import Fp8AllToAll
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,8 +94,22 @@ def test_on_a_device_core_waits_itself(single, monkeypatch):
 def test_settings_and_problems():
     for name, plugin in DISPATCHERS.items():
         assert plugin.ds_settings(SimpleNamespace()) == {"model.moe_token_dispatcher_type": name}
-    found = [
-        list(AllToAll().ds_check(SimpleNamespace(), SimpleNamespace(model=model)))
-        for model in (SimpleNamespace(moe_shared_expert_overlap=x) for x in (False, True))
-    ]
+    found = [refused(overlap) for overlap in (False, True)]
     assert found[0] == [] and found[1][0].key == "model.moe_shared_expert_overlap"
+
+
+def refused(overlap=False, platform="cpu", plugin=None, **layout):
+    plan = SimpleNamespace(slots={"platform": platform}, layout=Layout(world_size=4, **layout))
+    settings = SimpleNamespace(model=SimpleNamespace(moe_shared_expert_overlap=overlap))
+    return list((plugin or AllToAll()).ds_check(plan, settings))
+
+
+@pytest.mark.parametrize("plugin", [AllToAll(), Fp8AllToAll()])
+def test_what_gloo_cannot_gather_is_refused(plugin):
+    """Four ranks of which two share each expert crash in the first step."""
+    (problem,) = refused(plugin=plugin, tensor=2, expert=2, expert_tensor=2)
+    assert problem.key == "parallel.expert_tensor" and "gloo" in problem.message
+    assert (
+        refused(plugin=plugin, tensor=2, expert=2) == refused(plugin=plugin, tensor=2, expert_tensor=2) == []
+    )
+    assert refused(plugin=plugin, platform="cuda", tensor=2, expert=2, expert_tensor=2) == []
