@@ -9,6 +9,7 @@ import report_fp8 as report
 import torch
 from oracles.dispatch import CASES, EXPERTS, expected, through, whole
 
+from dsplugins.contracts import Layout
 from dsplugins.plugins.dispatcher.fp8_alltoall import Fp8AllToAll
 
 
@@ -98,9 +99,12 @@ def test_with_fp8_experts_forward_is_that_of_16_bits_to_the_bit(workers, experts
     assert row["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
 
 
+PLAN = SimpleNamespace(slots={"platform": "cpu"}, layout=Layout())
+
+
 def test_settings_and_problems():
     assert Fp8AllToAll().ds_settings(None) == {"model.moe_token_dispatcher_type": "alltoall"}
     for overlap in (False, True):
         model = SimpleNamespace(moe_shared_expert_overlap=overlap)
-        found = list(Fp8AllToAll().ds_check(None, SimpleNamespace(model=model)))
+        found = list(Fp8AllToAll().ds_check(PLAN, SimpleNamespace(model=model)))
         assert [problem.key for problem in found] == ["model.moe_shared_expert_overlap"] * overlap
