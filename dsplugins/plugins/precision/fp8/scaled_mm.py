@@ -25,8 +25,10 @@ class ScaledMm(TritonCasts):
         self, x: Quantised, weights: Quantised, splits: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
         """One expert after the other, into one tensor."""
-        y = torch.empty(x.codes.shape[0], weights.codes.shape[1], dtype=dtype, device=x.codes.device)
         scales = pad(weights.scales, (0, -weights.scales.shape[2] % FOURS))
+        if len(splits) == 1 and splits[0]:
+            return _square(x, weights.codes[0], scales[0].t(), dtype)
+        y = torch.empty(x.codes.shape[0], weights.codes.shape[1], dtype=dtype, device=x.codes.device)
         runs = zip(y.split(list(splits)), x.split(splits), weights.codes, scales, strict=True)
         for out, part, codes, fours in runs:
             if out.numel():
