@@ -43,6 +43,7 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
     return {
         "checkpoint": str(path),
         **vars(evaluation),
+        "sequences_asked": plan.evaluate.sequences,
         "baselines": dict(run.data.baselines()),
         "differences": [str(change) for change in changes.since(directory, recipe, plugins)],
         "damaged": told,

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from dsplugins.manager import Plugins
 
 
+def sequences(looked_at: int, asked: int) -> str:
+    """`64 sequences`, and how many were asked for where that differs: the split is smaller, or they are no whole
+    number of micro-batches of all ranks.
+    """
+    return f"{looked_at} sequences" + (f" of {asked} asked for" if looked_at != asked else "")
+
+
 class Display:
     """Rank 0's voice; silent on the others."""
 
@@ -74,12 +81,12 @@ class Display:
         parts.append(f"tokens/s {row['tokens_per_second']:.0f}")
         self.say("  ".join(parts) + ("  SKIPPED" if step.skipped else ""))
 
-    def evaluation(self, found: Evaluation, baselines: Mapping[str, float]) -> None:
-        """Validation loss beside models that anyone should beat."""
+    def evaluation(self, found: Evaluation, baselines: Mapping[str, float], asked: int) -> None:
+        """Validation loss beside models that anyone should beat; `asked` for so many sequences."""
         bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
         self.say(
             f"validation at step {found.step}: loss {found.loss:.5f} nats a token{bits} "
-            f"({found.sequences} sequences)"
+            f"({sequences(found.sequences, asked)})"
         )
         for name, value in baselines.items():
             verdict = "beaten" if found.loss < value else "NOT beaten"

@@ -244,7 +244,7 @@ class Loop:
         # A run that died between its last evaluation and its end has this one already.
         if self.leads and done not in self.directory.evaluated():
             self.directory.log_evaluation(vars(self.evaluation))
-        self.display.evaluation(self.evaluation, self.baselines)
+        self.display.evaluation(self.evaluation, self.baselines, self.plan.evaluate.sequences)
 
     def _finish(self, done: int) -> None:
         """A completion, the plots, `run.json` and `status.json`; the process group ends."""

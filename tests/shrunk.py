@@ -110,7 +110,7 @@ def ran(overrides: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:
 
     evaluations: list[tuple[Any, ...]] = []
 
-    def note(display: Display, found: Any, baselines: Any) -> None:
+    def note(display: Display, found: Any, baselines: Any, asked: int) -> None:
         evaluations.append((found.step, found.loss, found.sequences))
 
     with (

@@ -257,6 +257,7 @@ def test_an_evaluation_is_logged_once(tmp_path, monkeypatch):
     loop = Loop.__new__(Loop)
     loop.assembly, loop.leads, loop.baselines = None, True, {}
     loop.directory = RunDirectory(tmp_path)
+    loop.plan = SimpleNamespace(evaluate=SimpleNamespace(sequences=8))
     loop.plugins = SimpleNamespace(event=lambda *name, **given: [])
     loop.display = SimpleNamespace(evaluation=lambda *shown: None)
     loop._evaluate(4)

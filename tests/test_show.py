@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from dsplugins.contracts import Layout
 from dsplugins.plugins.precision.fp8_v3 import Fp8V3, Fp8V3Options
-from dsplugins.show import Display
+from dsplugins.show import Display, sequences
 
 
 def test_a_plugin_tells_what_it_stands_for(capsys):
@@ -21,3 +21,8 @@ def test_a_plugin_tells_what_it_stands_for(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["precision", "fp8_v3", "(backend", "deepgemm)", "dsplugins", "0.1.0"] in rows
     assert ["mtp", "mtp", "dsplugins", "0.1.0"] in rows
+
+
+def test_fewer_sequences_than_asked_for_are_told():
+    assert sequences(64, 64) == "64 sequences"
+    assert sequences(48, 64) == "48 sequences of 64 asked for"

@@ -73,10 +73,13 @@ def _one_rank(recipe: Recipe, run: Path, step: int | None, as_json: bool) -> Non
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
+    from dsplugins.show import sequences
+
     yield from (f"passed over: {fault}" for fault in found["damaged"])
     yield f"checkpoint: {found['checkpoint']}"
     yield from (f"other than in the run: {difference}" for difference in found["differences"])
-    yield f"validation loss: {found['loss']:.5f} nats a token ({found['sequences']} sequences)"
+    looked_at = sequences(found["sequences"], found["sequences_asked"])
+    yield f"validation loss: {found['loss']:.5f} nats a token ({looked_at})"
     if found["bits_per_byte"] is not None:
         yield f"bits per byte: {found['bits_per_byte']:.5f}"
     for name, value in found["baselines"].items():
