@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def sequences(looked_at: int, asked: int) -> str:
-    """`64 sequences`, and how many were asked for where that differs: the split is smaller, or they are no whole
-    number of micro-batches of all ranks.
+    """`64 sequences`, and how many were asked for where that differs: the split is smaller, or they make no
+    whole number of micro-batches of all ranks.
     """
     return f"{looked_at} sequences" + (f" of {asked} asked for" if looked_at != asked else "")
 
