@@ -173,7 +173,12 @@ class Platform(Protocol):
 
 
 class PipelineSchedule(Protocol):
-    """Owner of the schedule slot: which layers stand where, and in which order they run."""
+    """Owner of the schedule slot: how many chunks a rank holds, and in which order they run.
+
+    Layers are placed by megatron-core's `model.pipeline_model_parallel_layout`, which a schedule may write
+    through `ds_settings`: stages in their order, chunk by chunk. One in which the first and the last stage
+    share a rank (DualPipeV's) core can't express; the slot can't yet, either.
+    """
 
     chunks: int
     """Model chunks that a rank holds (virtual pipeline size)."""

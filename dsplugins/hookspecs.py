@@ -180,7 +180,7 @@ def ds_recompute(plan: Plan, config: MLATransformerConfig, chunk: torch.nn.Modul
 
 @hookspec(firstresult=True)
 def ds_schedule(plan: Plan) -> PipelineSchedule:
-    """Slot. Stage placement, chunks a rank, the forward-backward function."""
+    """Slot. Chunks a rank, the forward-backward function, its part of gradient finalisation."""
     raise NotImplementedError
 
 
