@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
+
+
+class Deferred:
+    """A backend's arithmetic, made when it is first used: `check` builds linears without its libraries."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(arithmetic(self._backend), name)
 
 
 @cache

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from dsplugins.numerics.watch import Watch
-from dsplugins.plugins.precision.fp8.backends import arithmetic
+from dsplugins.plugins.precision.fp8.backends import Deferred
 
 if TYPE_CHECKING:
     from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
@@ -63,7 +63,7 @@ def rule_for(linear: str, routed: bool, choice: Choice) -> Rule | None:
         return None
     everywhere = choice.scales == "power_of_two"
     return Rule(
-        arithmetic(choice.backend),
+        cast("Arithmetic", Deferred(choice.backend)),
         input=everywhere or linear == "proj" or (routed and linear == "fc1"),
         gradient=everywhere or (routed and linear == "fc2"),
         weight=everywhere,
