@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import forks
 import pytest
+from click.testing import CliRunner
 
 from dsplugins import rundir
 from dsplugins.cli import exits
@@ -228,22 +229,30 @@ def test_without_locks_nobody_is_refused(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("by", ["launcher", "torchrun"])
-def test_a_second_start_of_a_run_is_refused(tmp_path, by):
-    """By our launcher, and by the ranks where torchrun starts them: one line, nothing is written."""
-    recipe = Path(__file__).parent / "tiny.yaml"
-    arguments = ["dsplugins", "train", str(recipe), "run.world_size=2", "run.directory=out"]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+@pytest.fixture
+def under_way(tmp_path):
+    """A run in `out`, and what its folder holds; to be the same at the end."""
     run = RunDirectory(tmp_path / "out")
     with run.held():
         run.announce()
-        before = (tmp_path / "out" / "status.json").read_bytes()
-        line = [sys.executable, "-m", *(torchrun if by == "torchrun" else []), *arguments]
-        done = forks.run(line, cwd=tmp_path)
-        assert (tmp_path / "out" / "status.json").read_bytes() == before
-        assert {each.name for each in (tmp_path / "out").iterdir()} == {"lock", "status.json"}
-    assert done.returncode == (4 if by == "launcher" else 1)  # torchrun's own
-    told = [line for line in done.stderr.splitlines() if "a run is under way in out" in line]
+        before = {each.name: each.read_bytes() for each in run.path.iterdir()}
+        yield [str(Path(__file__).parent / "tiny.yaml"), "run.world_size=2", f"run.directory={run.path}"]
+        assert {each.name: each.read_bytes() for each in run.path.iterdir()} == before
+
+
+def test_a_second_start_is_refused(under_way):
+    from dsplugins.cli.train import command
+
+    done = CliRunner().invoke(command, under_way)
+    assert isinstance(done.exception, Occupied) and exits.code_of(done.exception) == 4
+
+
+def test_a_second_start_by_torchrun_is_refused_by_all_ranks(under_way, tmp_path):
+    """In one line."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = forks.run([sys.executable, "-m", *torchrun, "dsplugins", "train", *under_way], cwd=tmp_path)
+    assert done.returncode == 1  # torchrun's own
+    told = [line for line in done.stderr.splitlines() if "a run is under way in" in line]
     assert len(told) == 1 and "this machine can't run it" in told[0]
 
 

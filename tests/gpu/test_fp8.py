@@ -40,16 +40,13 @@ def product_errors(arithmetic, device, tokens):
     return {(row["linear"], row["product"]): row["error"] for row in rows}
 
 
-def test_the_checks_hold_for_the_reference_on_the_cpu(workers):
+def test_the_checks_hold_for_the_reference_on_the_cpu():
     import torch
 
     from dsplugins.plugins.precision.fp8.reference import Reference
 
     found = product_errors(Reference(), torch.device("cpu"), 48)
     assert len(found) == 9 and set(found.values()) == {0.0}
-    on_cpu = ["plugins.cuda=null", "plugins.cpu={}", "train.steps=1"]
-    half, quantised = (workers(1).run(losses, [*on_cpu, *more])[0] for more in ((), REFERENCE))
-    assert 0 < max(apart(quantised, half)) < 1e-2
 
 
 def hopper(backend):

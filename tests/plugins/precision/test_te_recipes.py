@@ -38,13 +38,26 @@ def test_check_builds_a_recipe_without_te_and_names_what_is_missing():
     assert any("Only transformer-engine>=1.7.0 supports MoE FP8 training" in said for _, said in found)
 
 
+def asked(plugin, tokens=64, **model):
+    """What `ds_check` says of these sizes."""
+    data, train = SimpleNamespace(seq_length=tokens), SimpleNamespace(micro_batch=1)
+    plan = SimpleNamespace(slots={"attention": "mla"}, layout=Layout(), data=data, train=train)
+    sizes = {
+        "hidden_size": 64, "ffn_hidden_size": 64, "num_moe_experts": None, "sequence_parallel": False,
+        "num_attention_heads": 4, "q_lora_rank": None, "kv_lora_rank": 64, "qk_head_dim": 32,
+        "qk_pos_emb_head_dim": 32, "v_head_dim": 32,
+    }  # fmt: skip
+    settings = SimpleNamespace(model=SimpleNamespace(**sizes | model))
+    return list(plugin.ds_check(plan=plan, settings=settings))
+
+
 def test_sizes_are_refused_before_a_run():
-    sizes = ["model.kv_lora_rank=24", "train.micro_batch=1", "train.global_batch=4", "data.seq_length=40"]
-    built, found = problems("plugins.te_mxfp8={}", *SEQUENTIAL, *sizes)
-    told = [said for kind, said in found if kind == "recipe"]
-    assert built is None
-    assert "plugins.te_mxfp8 takes multiples of 32 tokens, but a rank's micro-batch has 40" in told
-    assert "plugins.te_mxfp8 takes widths of multiples of 32, but model.kv_lora_rank is 24" in told
+    assert asked(BLOCKWISE) == asked(MXFP8) == []
+    (tokens,), (rank,) = asked(MXFP8, tokens=48), asked(MXFP8, kv_lora_rank=48, qk_pos_emb_head_dim=16)[:1]
+    assert "takes multiples of 32 tokens, but a rank's micro-batch has 48" in tokens.message
+    assert "takes widths of multiples of 32, but model.kv_lora_rank is 48" in rank.message
+    assert asked(BLOCKWISE, tokens=48, kv_lora_rank=48, qk_pos_emb_head_dim=16) == []
+    assert {problem.kind for problem in (tokens, rank)} == {"recipe"}
 
 
 @pytest.mark.parametrize(
@@ -82,11 +95,7 @@ def machine(plugin, version, capability, cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    plan = SimpleNamespace(
-        slots={}, layout=Layout(), data=SimpleNamespace(seq_length=64), train=SimpleNamespace(micro_batch=1)
-    )
-    model = SimpleNamespace(hidden_size=64, ffn_hidden_size=64, num_moe_experts=None, sequence_parallel=False)
-    found = list(plugin.ds_check(plan=plan, settings=SimpleNamespace(model=model)))
+    found = asked(plugin)
     assert all(problem.kind == "environment" and problem.remedy for problem in found)
     return [problem.message for problem in found]
 
