@@ -16,6 +16,8 @@ class Deferred:
         self._backend = backend
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for by copy and pickle, before there is a backend
+            raise AttributeError(name)
         return getattr(arithmetic(self._backend), name)
 
 

@@ -95,3 +95,17 @@ def test_a_library_that_does_not_load(gpu, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "deep_gemm", raising=False)
     (message,) = of_machine("deepgemm")
     assert message == "deep_gemm can't be imported: OSError: libnvrtc.so.12: no such file"
+
+
+def test_linears_are_built_without_the_library(monkeypatch):
+    """As `check` does where nothing of the backend is installed; and models are copied and pickled."""
+    import copy
+    import pickle
+
+    from dsplugins.plugins.precision.fp8.rule import Choice, rule_for
+
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    rule = rule_for("fc1", False, Choice(backend="deepgemm"))
+    for one in (rule, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        with pytest.raises(ImportError):
+            one.arithmetic.rows(torch.zeros(1, 128), False)
