@@ -7,6 +7,7 @@ and at most once a step after it.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -194,21 +195,24 @@ class Loop:
             f"last good checkpoint: {self.saver.newest() or 'none'}"
         )
 
-    def _save(self, progress: Progress, asked: str | None, over: bool) -> None:
-        """Save where it is time to, on all ranks together; stop where one of them was asked to."""
+    def _save(self, progress: Progress, asked: signal.Signals | None, over: bool) -> None:
+        """Save where it is time to, on all ranks together; stop where one of them was asked to.
+
+        Every rank is told by which signal: it reaches them in different steps, and some never.
+        """
         import torch
 
         wanted = self.leads and (self.saver.due(progress.steps) or (over and self.plan.save.at_end))
-        flags = torch.tensor([asked is not None, wanted], dtype=torch.int32, device=self.assembly.device)
+        flags = torch.tensor([asked or 0, wanted], dtype=torch.int32, device=self.assembly.device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        stop, save = (bool(flag) for flag in flags.tolist())
-        stop = stop and not over
+        number, save = flags.tolist()
+        stop = number and not over
         if (save or stop) and (failure := self.saver.save(progress)):
             self.display.say(f"{failure}; step {progress.steps} is saved now")
         if stop:
             self.saver.close()
             at = f"step {progress.steps}, saved in {self.saver.newest()}"
-            raise Stopped(f"stopped by {asked or 'a signal to another rank'} after {at}")
+            raise Stopped(f"stopped by {signal.Signals(number).name} after {at}")
 
     def _facts(self) -> dict[str, str]:
         """What the opening tells beside the plugins; collective."""

@@ -18,8 +18,8 @@ class Wishes:
     """Signals since `heard` began; the step in progress is finished first."""
 
     def __init__(self) -> None:
-        self.stop: str | None = None
-        """Name of the signal that asked to stop."""
+        self.stop: signal.Signals | None = None
+        """The signal that asked to stop."""
 
     @contextmanager
     def heard(self) -> Iterator[Wishes]:
@@ -34,7 +34,7 @@ class Wishes:
     def _keep(self, number: int, frame: object) -> None:
         if self.stop is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop = signal.Signals(number).name
+        self.stop = signal.Signals(number)
 
 
 __all__ = ["STOPS", "Stopped", "Wishes"]

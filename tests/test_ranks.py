@@ -54,6 +54,8 @@ class Faulty:
             raise ValueError("spoilt")
         if self.options.how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.options.how == "ask":
+            os.kill(os.getpid(), signal.SIGUSR1)
 """
 SITE = """
 import os, sys
@@ -157,6 +159,13 @@ def test_a_killed_rank_is_the_reason_not_what_others_make_of_it(place):
     assert code == place.status["code"] == 1, said
     assert place.status["reason"] == "rank 1 was killed by SIGKILL (out of memory?)"
     assert "exit code 1: rank 1 was killed by SIGKILL" in said
+
+
+def test_a_signal_that_reaches_one_rank_stops_all_and_is_named(place):
+    code, said = place.train("plugins.faulty.how=ask", "plugins.faulty.rank=1", "train.steps=2")
+    assert code == place.status["code"] == 75, said
+    assert said.count("stopped by SIGUSR1 after step 1, saved in ") == 2, said
+    assert place.status["reason"].startswith("stopped by SIGUSR1 after step 1, saved in ")
 
 
 def test_a_launcher_that_is_told_to_stop(place):

@@ -76,13 +76,14 @@ def reason_of(error: BaseException) -> str:
     """The same in one line, as `status.json` holds it."""
     from dsplugins.contracts import EnvironmentUnfit, RecipeError
     from dsplugins.manager import HookFailure
+    from dsplugins.wishes import Stopped
 
     if isinstance(error, RecipeError):
         first, *more = error.problems
         said = f"{first.place}: {first.message}" if first.place else first.message
         return said + (f" (and {len(more)} more)" if more else "")
     said = " ".join(str(error).split())
-    if isinstance(error, EnvironmentUnfit):
+    if isinstance(error, (EnvironmentUnfit, Stopped)):  # true of all ranks
         return said
     if isinstance(error, HookFailure):
         return f"{_rank()}{said}{_place(error.__cause__)}"
