@@ -14,7 +14,7 @@ from dsplugins.cli.experiment_runs import folder, needs_matplotlib, train_all
 @click.command("fp8")
 @click.argument("overrides", nargs=-1)
 @click.option(
-    "--steps", default=80, show_default=True, type=click.IntRange(min=10), help="Steps of each run."
+    "--steps", default=160, show_default=True, type=click.IntRange(min=10), help="Steps of each run."
 )
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(min=1, max=10), help="Runs of each way."
@@ -33,6 +33,9 @@ from dsplugins.cli.experiment_runs import folder, needs_matplotlib, train_all
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the run directories, which are then kept: called again, complete runs are not repeated.",
 )
+@click.option(
+    "--why", is_flag=True, help="Also train the ways that explain the result, into fp8_why.json and .png."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
 def fp8(
     overrides: tuple[str, ...],
@@ -41,14 +44,15 @@ def fp8(
     jobs: int,
     out: Path,
     kept: Path | None,
+    why: bool,
     as_json: bool,
 ) -> None:
     """Compare what is learned in FP8 (fp8_v3), in BF16, and in BF16 from weights one ulp away.
 
-    Trains experiments/fp8.yaml with the same seeds and data in these ways and, to explain what differs, in
-    BF16 from weights as far away as E4M3 rounds them, and with only some products in FP8; OVERRIDES are dot
-    keys for all of them. After a fifth of the steps, smoothed losses of the twin are to stay within 0.1 % of
-    BF16's, and those of FP8 within 0.25 %, on each seed. Exit code 1 where they don't.
+    Trains experiments/fp8.yaml with the same seeds and data in these ways, and with --why in BF16 from
+    weights as far away as E4M3 rounds them and with only some products in FP8; OVERRIDES are dot keys for all
+    of them. After a fifth of the steps, smoothed losses of the twin are to stay within 0.1 % of BF16's, and
+    those of FP8 within 0.25 %, on each seed. Exit code 1 where they don't.
     """
     from dsplugins import records
     from dsplugins.experiments import fp8 as experiment
@@ -56,13 +60,15 @@ def fp8(
 
     needs_matplotlib()
     with folder(kept, "fp8") as where:
-        planned = list(experiment.runs(steps, seeds, overrides))
+        planned = list(experiment.runs(steps, seeds, overrides, why=why))
         train_all([run for _, _, run in planned], where, jobs)
         measured = [experiment.measure(way, seed, where / run.name) for way, seed, run in planned]
     found = experiment.results(measured, steps, overrides)
+    name = "fp8_why" if why else "fp8"
     line = ["dsplugins", "experiment", "fp8", "--steps", str(steps), "--seeds", str(seeds)]
-    path = records.write(out, "fp8", [*line, *map(shlex.quote, overrides)], found)
-    draw(measured, out / "fp8.png")
+    asked = [*(["--why"] if why else []), *map(shlex.quote, overrides)]
+    path = records.write(out, name, [*line, *asked], found)
+    draw(measured, path.with_suffix(".png"))
     click.echo(path.read_text() if as_json else _page(found, path), nl=not as_json)
     raise SystemExit(0 if found["holds"] else 1)
 
@@ -86,6 +92,6 @@ def _page(found: dict[str, Any], path: Path) -> str:
             f"relative difference from bf16, smoothed losses of steps {first} to {last}:",
             columns(rows),
             "",
-            f"the claim {verdict}; {path} and fp8.png beside it",
+            f"the claim {verdict}; {path} and {path.stem}.png beside it",
         ]
     )

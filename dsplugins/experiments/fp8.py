@@ -1,14 +1,15 @@
 """Does a model learn as well in FP8 as in BF16?
 
-The same seeds and data: BF16; its twin, whose weights start one unit in the last place away; a rough twin,
-whose weights start as far away as rounding to E4M3 takes them; `fp8_v3`; and that with only some of the
-products rounded. The twin is the floor: nothing that differs less than BF16 from itself is a finding. The
-rough twin tells how far a push of FP8's size takes a run that stays in BF16; the parts, which rounding costs
-what. The report's claim is a relative difference of smoothed losses below 0.25 % (arXiv 2412.19437, B.1).
+The same seeds and data: BF16; its twin, whose weights start one unit in the last place away; and `fp8_v3`.
+The twin is the floor: nothing that differs less than BF16 from itself is a finding. The report's claim is a
+relative difference of smoothed losses below 0.25 % (arXiv 2412.19437, B.1). Three more ways ask why: a rough
+twin, whose weights start as far away as rounding to E4M3 takes them, tells how far a push of FP8's size takes
+a run that stays in BF16; `fp8_v3` with only some of the products rounded, which rounding costs what.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ BASE = "bf16"
 WAYS = {
     BASE: (),
     "twin": ("train.twin=true",),
-    "rough": ("train.twin=0.026",),
     "fp8_v3": ("plugins.bf16=null", "plugins.fp8_v3={}"),
+    "rough": ("train.twin=0.026",),
     "fprop": ("plugins.bf16=null", "plugins.fp8_v3={products: [fprop]}"),
     "backward": ("plugins.bf16=null", "plugins.fp8_v3={products: [dgrad, wgrad]}"),
 }
@@ -33,6 +34,8 @@ WAYS = {
 LIMITS = {"twin": 0.001, "fp8_v3": 0.0025}
 """Way -> largest relative difference between its smoothed losses and those of `bf16`, after warm-up, for the
 claim to hold; the other ways explain it."""
+PEAK = 1.0e-4
+"""Of the learning rate."""
 DECAY = 0.9
 """Of the moving average that smooths losses."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -51,12 +54,31 @@ class Measured:
     """Nats a token, at the end."""
 
 
-def runs(steps: int, seeds: int, overrides: Sequence[str] = ()) -> Iterator[tuple[str, int, Run]]:
-    """(way, seed, run) for seeds 1 to `seeds`; `overrides` come before what the ways differ in."""
+def runs(
+    steps: int, seeds: int, overrides: Sequence[str] = (), *, why: bool = False
+) -> Iterator[tuple[str, int, Run]]:
+    """(way, seed, run) for seeds 1 to `seeds`, of all ways where it is asked `why`.
+
+    `overrides` come after the lengths, before what the ways differ in.
+    """
+    ways = WAYS if why else {way: WAYS[way] for way in (BASE, *LIMITS)}
+    lengths = (f"train.steps={steps}", f"train.learning_rate={json.dumps(learning_rate(steps))}")
     for seed in range(1, seeds + 1):
-        for way, change in WAYS.items():
-            lengths = (f"train.steps={steps}", f"train.seed={seed}")
-            yield way, seed, Run(f"{way}_{seed}", RECIPE, (*overrides, *lengths, *change))
+        for way, change in ways.items():
+            yield (
+                way,
+                seed,
+                Run(f"{way}_{seed}", RECIPE, (*lengths, f"train.seed={seed}", *overrides, *change)),
+            )
+
+
+def learning_rate(steps: int) -> list[dict[str, Any]]:
+    """The recipe's schedule for `steps`: up for a fifth, level until half, down to a tenth."""
+    return [
+        {"until": f"{warm_up(steps)} steps", "from": 0, "to": PEAK},
+        {"until": f"{steps // 2} steps", "value": PEAK},
+        {"until": f"{steps} steps", "to": PEAK / 10, "shape": "cosine"},
+    ]
 
 
 def measure(way: str, seed: int, directory: Path) -> Measured:
@@ -116,17 +138,17 @@ def results(measured: Sequence[Measured], steps: int, overrides: Sequence[str] =
         "holds": all(found[way]["holds"] for way in LIMITS),
         "recipe": RECIPE,
         "overrides": list(overrides),
-        "ways": {way: " ".join(change) or "the recipe as it is" for way, change in WAYS.items()},
+        "ways": {way: " ".join(WAYS[way]) or "the recipe as it is" for way in (BASE, *found)},
         "steps": steps,
         "compared_steps": [warm_up(steps) + 1, steps],
         "percent": found,
         "validation_loss": {
             way: {one.seed: round(one.validation_loss, 5) for one in measured if one.way == way}
-            for way in WAYS
+            for way in (BASE, *found)
         },
         "final_loss": {
             way: {one.seed: round(float(smoothed(one.losses)[-1]), 5) for one in measured if one.way == way}
-            for way in WAYS
+            for way in (BASE, *found)
         },
     }
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from dsplugins.experiments.fp8 import (
+    LIMITS,
     WAYS,
     Measured,
     drift,
     gaps,
+    learning_rate,
     measure,
     results,
     runs,
@@ -81,11 +83,11 @@ def test_ways_differ_in_nothing_else():
 
     found = {
         (way, seed): Recipe.load(run.recipe, [*run.overrides])
-        for way, seed, run in runs(90, 2, ["train.log_every=3"])
+        for way, seed, run in runs(90, 2, ["train.log_every=3"], why=True)
     }
     assert len(found) == 12 and not any(recipe.problems for recipe in found.values())
     for seed in (1, 2):
-        base, twin, rough, quantised, *parts = (found[way, seed] for way in WAYS)
+        base, twin, quantised, rough, *parts = (found[way, seed] for way in WAYS)
         assert base.sections["train"]["seed"] == seed and base.sections["train"]["log_every"] == 3
         assert twin.sections == {**base.sections, "train": {**base.sections["train"], "twin": True}}
         assert twin.plugins == base.plugins and quantised.sections == base.sections
@@ -95,6 +97,19 @@ def test_ways_differ_in_nothing_else():
         products = [part.plugins["fp8_v3"]["products"] for part in parts]
         assert products == [["fprop"], ["dgrad", "wgrad"]]
         assert all({**part.plugins, "fp8_v3": {}} == quantised.plugins for part in parts)
+
+
+def test_the_claim_takes_three_ways_and_why_takes_more():
+    assert [way for way, _, _ in runs(90, 1)] == ["bf16", *LIMITS] == ["bf16", "twin", "fp8_v3"]
+    assert [way for way, _, _ in runs(90, 1, why=True)] == [*WAYS]
+
+
+def test_the_recipe_s_schedule_stretches_with_the_steps():
+    from dsplugins.recipe import Recipe
+
+    train = Recipe.load("experiments/fp8.yaml", []).sections["train"]
+    assert train["learning_rate"] == learning_rate(train["steps"])
+    assert [piece["until"] for piece in learning_rate(80)] == ["16 steps", "40 steps", "80 steps"]
 
 
 def test_weights_of_its_recipe_are_several_blocks():
@@ -118,7 +133,7 @@ def test_the_picture(tmp_path):
 
 
 def test_the_command_trains_and_records(tmp_path, monkeypatch):
-    """Losses as a run leaves them, in the place of the 18 runs."""
+    """Losses as a run leaves them, in the place of the 9 and the 18 runs."""
     from click.testing import CliRunner
 
     from dsplugins.cli import experiment_runs, fp8
@@ -127,7 +142,7 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
     def pretend(planned, where, jobs):
         for run in planned:
             folder = Path(where, run.name)
-            folder.mkdir()
+            folder.mkdir(parents=True)
             off = 1e-3 if run.name.startswith("fp8") else 0.0
             rows = [json.dumps({"loss": loss * (1 + off)}) + "\n" for loss in FALLING]
             (folder / "metrics.jsonl").write_text("".join(rows))
@@ -141,6 +156,12 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
     assert record["results"]["percent"]["fp8_v3"]["largest_gap"] == pytest.approx(0.1)
     assert record["command"] == "dsplugins experiment fp8 --steps 30 --seeds 3"
     assert (tmp_path / "fp8.png").exists()
+    assert [*record["results"]["percent"]] == [*LIMITS]
+    done = CliRunner().invoke(command, ["fp8", "--why", "--steps", "30", "--out", str(tmp_path)])
+    assert done.exit_code == 0 and "fp8_why.png beside it" in done.output
+    record = json.loads((tmp_path / "fp8_why.json").read_text())
+    assert record["command"] == "dsplugins experiment fp8 --steps 30 --seeds 3 --why"
     explained = [way for way, one in record["results"]["percent"].items() if one["limit"] is None]
     assert explained == ["rough", "fprop", "backward"]
     assert [record["results"]["percent"][way]["holds"] for way in explained] == [None] * 3
+    assert (tmp_path / "fp8_why.png").exists()
