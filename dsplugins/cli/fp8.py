@@ -14,7 +14,7 @@ from dsplugins.cli.experiment_runs import folder, needs_matplotlib, train_all
 @click.command("fp8")
 @click.argument("overrides", nargs=-1)
 @click.option(
-    "--steps", default=160, show_default=True, type=click.IntRange(min=10), help="Steps of each run."
+    "--steps", default=80, show_default=True, type=click.IntRange(min=10), help="Steps of each run."
 )
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(min=1, max=10), help="Runs of each way."
