@@ -206,7 +206,7 @@ class Loop:
         flags = torch.tensor([asked or 0, wanted], dtype=torch.int32, device=self.assembly.device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         number, save = flags.tolist()
-        stop = number and not over
+        stop = bool(number) and not over
         if (save or stop) and (failure := self.saver.save(progress)):
             self.display.say(f"{failure}; step {progress.steps} is saved now")
         if stop:

@@ -59,17 +59,14 @@ def runs(
 ) -> Iterator[tuple[str, int, Run]]:
     """(way, seed, run) for seeds 1 to `seeds`, of all ways where it is asked `why`.
 
-    `overrides` come after the lengths, before what the ways differ in.
+    `overrides` may replace the learning rate, never what is counted here: steps, seeds and ways.
     """
     ways = WAYS if why else {way: WAYS[way] for way in (BASE, *LIMITS)}
-    lengths = (f"train.steps={steps}", f"train.learning_rate={json.dumps(learning_rate(steps))}")
+    schedule = f"train.learning_rate={json.dumps(learning_rate(steps))}"
     for seed in range(1, seeds + 1):
+        counted = (f"train.steps={steps}", f"train.seed={seed}")
         for way, change in ways.items():
-            yield (
-                way,
-                seed,
-                Run(f"{way}_{seed}", RECIPE, (*lengths, f"train.seed={seed}", *overrides, *change)),
-            )
+            yield way, seed, Run(f"{way}_{seed}", RECIPE, (schedule, *overrides, *counted, *change))
 
 
 def learning_rate(steps: int) -> list[dict[str, Any]]:

@@ -112,6 +112,15 @@ def test_the_recipe_s_schedule_stretches_with_the_steps():
     assert [piece["until"] for piece in learning_rate(80)] == ["16 steps", "40 steps", "80 steps"]
 
 
+def test_overrides_replace_the_schedule_but_not_what_is_counted():
+    from dsplugins.recipe import Recipe
+
+    asked = ["train.learning_rate=1e-5", "train.steps=3", "train.seed=7"]
+    found = [Recipe.load(run.recipe, [*run.overrides]).sections["train"] for _, _, run in runs(90, 2, asked)]
+    assert {(train["steps"], train["learning_rate"]) for train in found} == {(90, 1e-5)}
+    assert [train["seed"] for train in found] == [1, 1, 1, 2, 2, 2]
+
+
 def test_weights_of_its_recipe_are_several_blocks():
     """Hidden size 512 and experts of 256, at least: one block would hide what blocks do."""
     from dsplugins.recipe import Recipe
