@@ -34,6 +34,7 @@ GRACE = 20
 """Seconds between SIGTERM and SIGKILL for ranks that are left."""
 PERIOD = 0.05
 """Seconds between two looks at the ranks."""
+PATIENCE = "stopping: the step in progress is finished and saved; Ctrl-C again ends the run at once"
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -113,6 +114,8 @@ class Ranks(SubprocessContext):
                 self.insisted |= number == signal.SIGINT
                 continue
             self.handed_on.append(number)
+            if number == signal.SIGINT:
+                print(f"\n{PATIENCE}", file=sys.stderr, flush=True)
             for handler in self.subprocess_handlers.values():
                 handler.proc.send_signal(number)
 

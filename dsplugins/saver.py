@@ -60,7 +60,8 @@ class Saver:
             return Progress(), told
         step = found.step
         self._first(lambda: store.set_aside(self._folder, step))
-        store.load(found, self._pieces(), self._group)
+        if left := store.load(found, self._pieces(), self._group):
+            told.append(f"left out, since this model has no such thing: {_listed(left)} of {found.path.name}")
         facts = found.manifest()
         set_optimizer_steps(self._run.chunks, self._run.optimizer, facts["optimizer_steps"])
         self._step = found.step
@@ -162,6 +163,12 @@ class Saver:
             with suppress(OSError):  # the new one counts; what is left of an old one goes at the next start
                 store.prune(self._folder, self._options.keep, self._options.keep_every)
         return checkpoint
+
+
+def _listed(names: Sequence[str], shown: int = 3) -> str:
+    """`weights/a, weights/b, optimizer/a and 5 more`."""
+    first = sorted(names, key=lambda name: not name.startswith("weights/"))[:shown]
+    return ", ".join(first) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _state(name: str, state: PluginState) -> dict[str, Any]:

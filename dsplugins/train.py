@@ -47,9 +47,9 @@ def train(recipe: Recipe, fresh: bool = False) -> None:
         from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
 
         directory = RunDirectory(Path(plan.run.directory))
-        with _alone(directory):
+        with _alone(directory), Wishes().heard() as wishes:
             run = assemble(recipe, plan, plugins, platform, device)
-            Loop(run, directory, display).run(recipe, fresh)
+            Loop(run, directory, display, wishes).run(recipe, fresh)
     finally:
         display.stop_bar()
 
@@ -81,11 +81,11 @@ def _alone(directory: RunDirectory) -> Iterator[None]:
 class Loop:
     """Steps, evaluations and the end of a run over one rank's assembly."""
 
-    def __init__(self, run: Assembly, directory: RunDirectory, display: Display) -> None:
+    def __init__(self, run: Assembly, directory: RunDirectory, display: Display, wishes: Wishes) -> None:
         from dsplugins.saver import Saver
 
         self.saver = Saver(run, directory.path / "checkpoints")
-        self.assembly, self.directory, self.display = run, directory, display
+        self.assembly, self.directory, self.display, self.wishes = run, directory, display, wishes
         self.plan, self.plugins, self.leads = run.plan, run.plugins, run.rank == 0
         self.baselines = dict(run.data.baselines()) if run.plan.evaluate.sequences else {}
         self.evaluation: Evaluation | None = None
@@ -94,21 +94,20 @@ class Loop:
         """Train to the end of the recipe, look at the result, and leave the process group.
 
         Goes on from the newest good checkpoint. Raises Stopped when a signal asked for it: the step is
-        finished then and a checkpoint written. Signals are heard from the first step to the end.
+        finished then and a checkpoint written.
         """
         progress = self._begin(recipe, fresh)
         self.display.bar(self.plan.train.steps or 0)
-        with Wishes().heard() as wishes:
-            progress = self._steps(progress, wishes)
-            self.display.stop_bar()
-            if self.plan.evaluate.sequences:
-                self._evaluate(progress.steps)
-            self.saver.close()
-            self._finish(progress.steps)
+        progress = self._steps(progress)
+        self.display.stop_bar()
+        if self.plan.evaluate.sequences:
+            self._evaluate(progress.steps)
+        self.saver.close()
+        self._finish(progress.steps)
 
-    def _steps(self, progress: Progress, wishes: Wishes) -> Progress:
-        """Every step that is left. A wish to stop is met after the next one, and not after the last: what is
-        left then is to finish.
+    def _steps(self, progress: Progress) -> Progress:
+        """Every step that is left. A wish to stop, since when the model was built, is met after the next one,
+        and not after the last: what is left then is to finish.
         """
         from dsplugins.step import take_step
 
@@ -121,7 +120,7 @@ class Loop:
             over = _over(self.plan.train, step.step, step.tokens)
             self._report(step, over)
             self._refuse_not_finite(step, progress)
-            self._save(progress, wishes.stop, over)
+            self._save(progress, self.wishes.stop, over)
             if self._due(step.step, over):
                 self._evaluate(step.step)
         return progress

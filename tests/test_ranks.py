@@ -46,6 +46,11 @@ class Faulty:
             time.sleep(60)
 
     @hookimpl
+    def ds_state(self):
+        if self.options.how == "ask early":  # the model is being built
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @hookimpl
     def ds_grads_ready(self, step, chunks):
         assert os.environ["FAULTY_NEEDS"] == "this"
         if self.options.rank not in (-1, RANK):
@@ -166,6 +171,12 @@ def test_a_signal_that_reaches_one_rank_stops_all_and_is_named(place):
     assert code == place.status["code"] == 75, said
     assert said.count("stopped by SIGUSR1 after step 1, saved in ") == 2, said
     assert place.status["reason"].startswith("stopped by SIGUSR1 after step 1, saved in ")
+
+
+def test_a_signal_before_the_first_step_stops_after_it(place):
+    code, said = place.train("plugins.faulty.how='ask early'", "plugins.faulty.rank=1", "train.steps=2")
+    assert code == place.status["code"] == 75, said
+    assert place.status["reason"].startswith("stopped by SIGTERM after step 1, saved in ")
 
 
 def test_a_launcher_that_is_told_to_stop(place):

@@ -65,6 +65,12 @@ def ranks_of(process):
     return [int(word) for word in listed.stdout.split()]
 
 
+def wait_for_checkpoint(folder, name, process):
+    while not list((folder / name / "checkpoints").glob("step-*[0-9]")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nobody interrupts, and its rows."""
@@ -101,8 +107,9 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(whole):
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_only(whole):
     folder, expected = whole
-    process = start(folder, "killed", "save.asynchronous=false")
+    process = start(folder, "killed")
     wait_for_step(folder, "killed", 5, process)
+    wait_for_checkpoint(folder, "killed", process)
     os.kill(ranks_of(process)[-1], signal.SIGKILL)
     code, said = finish(process)
     assert code == 128 + signal.SIGKILL or code == 1, said
@@ -110,7 +117,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_only(whole):
     # A line that was being written when the machine went down.
     with (folder / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "loss"')
-    code, said = finish(start(folder, "killed", "save.asynchronous=false"))
+    code, said = finish(start(folder, "killed"))
     assert code == 0 and "resumed from killed/checkpoints/step-" in said, said
     assert rows(folder, "killed") == expected
 
@@ -147,6 +154,15 @@ def test_a_changed_recipe_is_refused_with_the_difference_or_accepted_and_noted(w
     assert rows(folder, "whole")[:12] == expected and len(rows(folder, "whole")) == 13
     (noted,) = map(json.loads, (folder / "whole" / "changes.jsonl").read_text().splitlines())
     assert noted["after_step"] == 12 and "optimizer.clip_grad: 1.0 -> 0.5" in noted["changes"]
+
+
+def test_what_a_smaller_model_leaves_behind_is_told(whole):
+    folder, _ = whole
+    shutil.copytree(folder / "whole", folder / "smaller")
+    fewer = ["train.steps=14", "model.num_layers=3", "--accept-changes"]
+    code, said = finish(start(folder, "smaller", *fewer))
+    assert code == 0 and "accepted: model.num_layers: 4 -> 3" in said, said
+    assert "left out, since this model has no such thing: weights/decoder.layers.3." in said
 
 
 def test_diff_tells_two_runs_apart(whole):

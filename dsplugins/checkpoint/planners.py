@@ -69,6 +69,14 @@ class PieceLoader(DefaultLoadPlanner):
         assert metadata is not None
         self._contents = metadata.state_dict_metadata
 
+    def stored(self) -> list[str]:
+        """Names of all tensors in the checkpoint, sorted."""
+        return sorted(self._contents)
+
+    def wanted(self) -> set[str]:
+        """Names of the tensors of which this rank holds a piece."""
+        return {name for name, _ in self._held}
+
     def create_local_plan(self) -> LoadPlan:
         """The reads that fill every piece of this rank completely."""
         by_name: dict[str, list[Piece]] = defaultdict(list)

@@ -19,6 +19,7 @@ from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
@@ -80,18 +81,27 @@ def save(
     return Checkpoint(final, step)
 
 
-def load(checkpoint: Checkpoint, held: Sequence[Piece], group: dist.ProcessGroup) -> None:
-    """Fill `held` from a checkpoint of any layout; collective over `group`.
+def load(checkpoint: Checkpoint, held: Sequence[Piece], group: dist.ProcessGroup) -> list[str]:
+    """Fill `held` from a checkpoint of any layout; the names in it that no rank holds. Collective.
 
     Raises RecipeError on all ranks where one of them needs what it doesn't hold; nothing is filled then.
     """
-    reader = dcp.FileSystemReader(checkpoint.path)
+    reader, loader = dcp.FileSystemReader(checkpoint.path), PieceLoader(held)
     try:
-        dcp.load({}, storage_reader=reader, planner=PieceLoader(held), process_group=group)
+        dcp.load({}, storage_reader=reader, planner=loader, process_group=group)
     except dcp.CheckpointException as error:
         said = f"{checkpoint.path} doesn't fit this run: {_told(error)}"
         remedy = "give the sizes and plugins that it was saved with, or train from the start elsewhere"
         raise RecipeError([Problem(said, "model", remedy)]) from error
+    return _wanted_by_nobody(loader, group)
+
+
+def _wanted_by_nobody(loader: PieceLoader, group: dist.ProcessGroup) -> list[str]:
+    """Of the names in a checkpoint, those that no rank loads. As flags: names of all ranks would be many."""
+    names, wanted = loader.stored(), loader.wanted()
+    unwanted = torch.tensor([name not in wanted for name in names], dtype=torch.uint8)
+    dist.all_reduce(unwanted, op=dist.ReduceOp.MIN, group=group)
+    return [name for name, out in zip(names, unwanted.tolist(), strict=True) if out]
 
 
 def _told(error: dcp.CheckpointException) -> str:

@@ -86,6 +86,13 @@ def test_what_is_missing_is_named(tmp_path, group):
         store.load(checkpoint, [other], group)
 
 
+def test_what_no_rank_asks_for_is_told(tmp_path, group):
+    more = Piece("weights/y", (2,), (0,), torch.zeros(2), True)
+    checkpoint = store.save(tmp_path, 1, [piece(1), more], {}, group)
+    assert store.load(checkpoint, [piece(0), more], group) == []
+    assert store.load(checkpoint, [piece(0)], group) == ["weights/y"]
+
+
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, group):
     blocked = tmp_path / "file"
     blocked.write_text("")

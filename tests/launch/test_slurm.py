@@ -150,3 +150,14 @@ def test_other_ends_are_not_requeued(cluster, code, attempts):
     cluster.step(code)
     codes, said = cluster.launch(*RECIPE)
     assert codes == attempts, said
+    assert not list((cluster.folder / "out").glob("began-*"))
+
+
+def test_a_job_beside_a_run_that_is_under_way_leaves_it_its_status(cluster):
+    run = RunDirectory(cluster.folder / "out")
+    run.announce()
+    before = run.status()
+    with run.held():
+        codes, said = cluster.launch(*RECIPE)
+    assert codes == [1] and "a run is under way in out" in said, said
+    assert run.status() == before
