@@ -15,8 +15,16 @@ if TYPE_CHECKING:
     from dsplugins.assemble import Assembly
 
 
+TEMPERATURE = 0.7
+"""Below one, likely tokens become more likely. The likeliest alone, again and again, is what a young model
+writes for ever."""
+
+
 def complete(run: Assembly, prompt: Sequence[int], length: int) -> list[int]:
-    """`length` greedy tokens after `prompt`, each from a full forward pass in lock-step on all ranks."""
+    """`length` tokens after `prompt`, each drawn from a full forward pass in lock-step on all ranks.
+
+    What is drawn depends on the model and `train.seed`, and on nothing else.
+    """
     tokens = list(prompt)[-(run.plan.data.seq_length - length) :]
     first = len(tokens)
     while len(tokens) < first + length:
@@ -31,11 +39,11 @@ def _next_token(run: Assembly, tokens: list[int]) -> int:
     positions = torch.arange(length, device=run.device).expand(size, -1)
 
     def step(_: Any, model: torch.nn.Module) -> Any:
-        return model(row, positions, None), greedy
+        return model(row, positions, None), draw
 
-    def greedy(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-        whole = gather_from_tensor_model_parallel_region(logits[:1, len(tokens) - 1])
-        return whole.argmax(-1)
+    def draw(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        whole = gather_from_tensor_model_parallel_region(logits[0, len(tokens) - 1])
+        return drawn(whole.float().cpu(), seed=run.plan.train.seed + len(tokens))
 
     # Chunks are taken in groups of micro-batches, and a group must be full.
     group = run.settings.model.microbatch_group_size_per_vp_stage
@@ -53,12 +61,19 @@ def _next_token(run: Assembly, tokens: list[int]) -> int:
         )
     chosen = torch.zeros(1, dtype=torch.int64, device=run.device)
     if found:
-        chosen[0] = found[0].item()
+        chosen.fill_(found[0])
     # Only the last stage knows; every stage needs it for the next token.
     torch.distributed.all_reduce(
         chosen, op=torch.distributed.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group()
     )
     return int(chosen)
+
+
+def drawn(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """A token by the softmax of logits [V] / TEMPERATURE, the same for the same `seed` (Gumbel-max)."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+    return (logits / TEMPERATURE + noise).argmax()
 
 
 __all__ = ["complete"]

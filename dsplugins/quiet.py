@@ -11,6 +11,7 @@ from functools import partial
 
 KNOWN = (
     r"(Transformer Engine and )?Apex (is|are) not installed",  # the table of plugins says what is used
+    r"absl\.logging is not installed",  # core's substitute logs as well
     r"full scope is deprecated",  # core's own default of cuda_graph_modules
     r"MimoModelConfig is experimental",  # imported by core, not used
     r"The \.grad attribute of a Tensor that is not a leaf",  # core looks at shards of the master weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,21 @@ from pathlib import Path
 TINY = Path(__file__).parent / "tiny.yaml"
 
 
+NOT_REQUIRED = """
+import sys
+sys.modules |= dict.fromkeys(["absl", "apex", "transformer_engine", "tensorboard"])  # imports of these fail
+"""
+
+
 def test_a_run_without_trouble_says_nothing_on_stderr(tmp_path):
+    """Nor where nothing is installed but what the package requires."""
+    (tmp_path / "sitecustomize.py").write_text(NOT_REQUIRED)
     line = [sys.executable, "-m", "dsplugins", "train", str(TINY), "train.steps=1", "run.directory=out"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        line,
+        **{"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}},
+        **{"capture_output": True, "text": True, "timeout": 180},
+    )
     assert done.returncode == 0 and done.stderr == ""
 
 
