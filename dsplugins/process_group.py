@@ -18,7 +18,7 @@ from dsplugins.rundir import versions
 if TYPE_CHECKING:
     import torch
 
-    from dsplugins.contracts import Plan, Platform
+    from dsplugins.contracts import Plan, Platform, Problem
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
 
@@ -35,6 +35,12 @@ def right_world(plan: Plan) -> None:
             f"{world} processes were started, the recipe is for run.world_size={plan.run.world_size}: "
             f"start {plan.run.world_size}, or set run.world_size={world}"
         )
+
+
+def lacks(plan: Plan, plugins: Plugins, processes: int) -> list[Problem]:
+    """What this machine lacks for so many processes; one is too many where there is no device at all."""
+    platform: Platform = plugins.slot("platform", plan=plan)
+    return list(platform.problems(1)) or list(platform.problems(processes))
 
 
 def stand(plan: Plan, plugins: Plugins) -> tuple[Platform, torch.device]:

@@ -289,6 +289,15 @@ def test_what_this_machine_lacks_has_another_code(tmp_path):
     assert "platform cuda needs 1 GPUs on this machine, torch sees 0: " in done.stderr.splitlines()[0]
 
 
+def test_a_cluster_s_recipe_starts_nothing_on_one_machine(tmp_path):
+    for more in ([], ["plugins.cuda=null", "plugins.cpu={}", "plugins.te=null", "plugins.torch_local={}"]):
+        done = train(tmp_path, "deepseek_v3/v3_671b.yaml", *more, "run.directory=out")
+        assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
+        said = "2048 processes take 512 GiB" if more else "platform cuda needs 1 GPUs on this machine"
+        assert said in done.stderr and "dsplugins launch" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "field",
     ["model.calculate_per_token_loss=true", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"],

@@ -10,8 +10,9 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dsplugins import process_group
 from dsplugins.contracts import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -50,10 +51,8 @@ def _libraries(rows: list[dict[str, str]]) -> Iterator[Problem]:
 
 
 def _devices(plan: Plan, plugins: Plugins, processes: int) -> Iterator[Problem]:
-    """What the platform lacks for so many processes; one is too many where there is no device at all."""
-    platform: Any = plugins.slot("platform", plan=plan)
-    problems = list(platform.problems(1)) or list(platform.problems(processes))
-    yield from problems
+    """What the platform lacks for so many processes, and a number that can't be."""
+    yield from process_group.lacks(plan, plugins, processes)
     if processes < plan.run.world_size and plan.run.world_size % processes:
         said = f"LOCAL_WORLD_SIZE={processes} does not divide run.world_size={plan.run.world_size}"
         yield Problem(said, "run.world_size", "start as many on each machine", kind="environment")

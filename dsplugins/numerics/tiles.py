@@ -21,6 +21,9 @@ SMALLEST_GRADIENT = 2.0**-80
 """The same for gradients. Their size goes with the number of tokens and micro-batches that a loss is the mean
 of: 1e-4, which is in the kernels that DeepSeek published, would take digits away from all of them."""
 
+MANTISSA_BITS, MANTISSA, INFINITY = 23, 0x7FFFFF, 0x7F800000
+"""Of a float32, as integers."""
+
 ROW = (1, TILE)
 """A tile of activations and gradients: one token, 128 channels (or one channel, 128 tokens)."""
 SQUARE = (TILE, TILE)
@@ -93,12 +96,13 @@ def scale_of(
     largest: torch.Tensor, top: float, power_of_two: bool, smallest: float = SMALLEST_AMAX
 ) -> torch.Tensor:
     """The scale that takes `largest` to the largest number of a format, `top`, or (rounded up) below it."""
-    scale = largest.clamp(min=smallest) / top
+    # By a tensor on the same device: CUDA multiplies by the rounded inverse of a plain number instead.
+    scale = largest.clamp(min=smallest) / torch.full((), top, device=largest.device)
     if not power_of_two:
         return scale
-    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
-    rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
-    return torch.where(torch.isfinite(scale), rounded, scale)
+    bits = scale.view(torch.int32)
+    up = (bits + MANTISSA) >> MANTISSA_BITS << MANTISSA_BITS
+    return torch.where(bits < INFINITY, up, bits).view(torch.float32)
 
 
 def spread(scales: torch.Tensor, tile: tuple[int, int], shape: torch.Size) -> torch.Tensor:

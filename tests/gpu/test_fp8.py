@@ -82,6 +82,16 @@ def test_casts_are_the_reference_s_to_the_bit(nccl, power_of_two):
             (casts.blocks(x[None], power_of_two, turned), reference.blocks(x[None], power_of_two, turned))
             for turned in (False, True)
         ),
+        *zip(
+            casts.columns(reference.rows(x, True), splits, power_of_two),
+            reference.columns(reference.rows(x, True), splits, power_of_two),
+            strict=True,
+        ),
+        *zip(
+            casts.columns(x.float(), splits, power_of_two),
+            reference.columns(x.float(), splits, power_of_two),
+            strict=True,
+        ),
     ]
     for found, expected in pairs:
         assert torch.equal(found.scales.nan_to_num(-1.0), expected.scales.nan_to_num(-1.0))
@@ -94,6 +104,74 @@ def test_casts_are_the_reference_s_to_the_bit(nccl, power_of_two):
 def test_products_are_the_reference_s(nccl, backend, tokens):
     found = product_errors(chosen(backend), nccl, tokens)
     assert len(found) == 9 and max(found.values()) < PRODUCT, found
+
+
+def layers(arithmetic, device, widths):
+    """Outputs and gradients of a linear, one whose input is kept in E5M6, and experts; by name."""
+    import torch
+    from fp8_layers import SPLITS, TOKENS, drawn, through
+
+    from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
+    from dsplugins.plugins.precision.fp8.linear import Fp8Product
+    from dsplugins.plugins.precision.fp8.rule import Rule
+
+    inputs, outputs = widths
+    x, one = drawn(TOKENS, inputs, device=device), drawn(outputs, inputs, seed=1, device=device)
+    inner = drawn(TOKENS, 2 * inputs, seed=2, device=device)
+    probs = torch.rand(TOKENS, generator=torch.Generator().manual_seed(3)).to(device)
+    weights = drawn(len(SPLITS), outputs, inputs, seed=4, device=device)
+    plain, powers = Rule(arithmetic), Rule(arithmetic, input=True, keeps="e5m6")
+    return {
+        "linear": through(Fp8Product, (x, one), plain, None, None),
+        "after attention": through(Fp8Product, (x, one), powers, None, None),
+        "up": through(ExpertsUp, (x, weights), SPLITS, plain),
+        "down": through(SwigluDown, (inner, probs, weights), SPLITS, plain),
+    }
+
+
+def layer_errors(arithmetic, device, widths):
+    from fp8_layers import errors
+
+    from dsplugins.plugins.precision.fp8.reference import Reference
+
+    found, expected = (layers(one, device, widths) for one in (arithmetic, Reference()))
+    return {name: errors(found[name], expected[name]) for name in found}
+
+
+# One tile of inputs, less than one, several with a part of one at the end.
+WIDTHS = [(96, 160), (128, 160), (576, 208)]
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_the_layers_of_the_reference_are_themselves(widths):
+    import torch
+
+    from dsplugins.plugins.precision.fp8.reference import Reference
+
+    found = layer_errors(Reference(), torch.device("cpu"), widths)
+    assert {name: sum(each) for name, each in found.items()} == dict.fromkeys(found, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "deepgemm"])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_layers_are_the_reference_s_on_ragged_runs(nccl, backend, widths):
+    """299 tokens, one expert of four without any: forward and backward."""
+    found = layer_errors(chosen(backend), nccl, widths)
+    assert max(map(max, found.values())) < PRODUCT, found
+
+
+@pytest.mark.gpu
+def test_the_reference_makes_the_same_codes_on_both_devices(nccl):
+    import torch
+
+    from dsplugins.plugins.precision.fp8.reference import Reference
+
+    x = torch.randn(300, 1040).bfloat16() * torch.logspace(-9, 4, 1040)
+    for power_of_two in (False, True):
+        here, there = (Reference().rows(one, power_of_two) for one in (x, x.to(nccl)))
+        assert torch.equal(here.scales, there.scales.cpu())
+        assert torch.equal(here.codes.float(), there.codes.float().cpu())
 
 
 @pytest.mark.gpu

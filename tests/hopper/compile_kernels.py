@@ -19,7 +19,9 @@ TYPES = {
 }  # fmt: skip
 FORMS = {
     "rows_kernel": [{"POWER_OF_TWO": False, "BLOCK": 32}],
-    "swiglu_rows_kernel": [{"HAS_PROBS": True, "POWER_OF_TWO": False, "BLOCK": 32}],
+    "swiglu_rows_kernel": [
+        {"HAS_PROBS": probs, "POWER_OF_TWO": False, "BLOCK": 32} for probs in (False, True)
+    ],
     "columns_kernel": [
         {"QUANTISED": quantised, "POWER_OF_TWO": True, "BLOCK": 64} for quantised in (False, True)
     ],
@@ -27,8 +29,14 @@ FORMS = {
 }
 
 
-def compiled(kernel, constants):
+INPUTS = ("x", "inner", "weight")
+"""In BF16 above; in FP32 where `outside` is `fp32`, and of E5M6."""
+
+
+def compiled(kernel, constants, wide=False):
     types = TYPES | ({"x": "*fp8e4nv"} if constants.get("QUANTISED") else {})
+    if wide:
+        types |= dict.fromkeys(INPUTS, "*fp32")
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
     }
@@ -40,7 +48,11 @@ there = {name: value for name, value in vars(kernels).items() if isinstance(valu
 print(
     json.dumps(
         {
-            name: [compiled(kernel, constants) for constants in FORMS[name]]
+            name: [
+                compiled(kernel, constants, wide)
+                for constants in FORMS[name]
+                for wide in ((False,) if constants.get("QUANTISED") else (False, True))
+            ]
             for name, kernel in there.items()
             if name.endswith("_kernel")
         }

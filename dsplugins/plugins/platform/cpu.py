@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 KIB = 1 if sys.platform == "darwin" else 1024
 """Bytes in a unit of `ru_maxrss`."""
 
+GIB = 2**30
+LEAST = GIB // 4
+"""Bytes of a process's own that torch and megatron-core take."""
+
 
 class CpuPlatform:
     """`contracts.Platform` of processes on CPUs."""
@@ -44,8 +48,16 @@ class CpuPlatform:
         return torch.device("cpu")
 
     def problems(self, local_world_size: int) -> Iterable[Problem]:
-        """More processes than cores is slow, not wrong: nothing to complain about."""
-        return ()
+        """Too many processes for the memory; more than there are cores is slow, not wrong."""
+        needed, there = local_world_size * LEAST, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            said = f"{local_world_size} processes take {needed // GIB} GiB before they hold any number"
+            yield Problem(
+                f"{said} of a model, this machine has {there // GIB}",
+                key="run.world_size",
+                remedy="start fewer processes, or on more machines (dsplugins launch)",
+                kind="environment",
+            )
 
     def synchronize(self) -> None:
         """Operators on the CPU have finished when they return."""

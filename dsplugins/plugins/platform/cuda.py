@@ -42,7 +42,8 @@ class CudaPlatform:
             yield Problem(
                 f"platform cuda needs {local_world_size} GPUs on this machine, torch sees {count}",
                 key="plugins.cuda",
-                remedy="start fewer processes, mend the driver (nvidia-smi), or name the plugin cpu instead",
+                remedy="start fewer processes, or on more machines (dsplugins launch); mend the driver "
+                "(nvidia-smi); or name the plugin cpu instead",
                 kind="environment",
             )
         if count and not torch.distributed.is_nccl_available():

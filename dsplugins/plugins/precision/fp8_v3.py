@@ -72,6 +72,9 @@ class Fp8V3:
         """Experts that aren't SwiGLU; what the backend lacks, of the recipe or of this machine."""
         from dsplugins.plugins.precision.fp8 import needs
 
+        if not self.options.products or len(set(self.options.products)) < len(self.options.products):
+            said = "plugins.fp8_v3.products names no product, or one twice"
+            yield Problem(said, "plugins.fp8_v3.products", "some of fprop, dgrad, wgrad; or leave it out")
         if settings.model.num_moe_experts:
             yield from _not_swiglu(settings.model)
         if self.options.backend != "reference":
@@ -117,7 +120,7 @@ def _not_swiglu(config: MLATransformerConfig) -> Iterable[Problem]:
         if getattr(config, field) != neutral:
             said = f"model.{field}={getattr(config, field)} would not reach fp8_v3's experts"
             yield Problem(said, f"model.{field}", "leave it out")
-    for field in ("use_te_activation_func", "activation_func_fp8_input_store"):
+    for field in ("use_te_activation_func", "activation_func_fp8_input_store", "add_bias_linear"):
         if getattr(config, field):
             said = f"model.{field}=True would not reach fp8_v3's experts, which keep SwiGLU's input in FP8"
             yield Problem(said, f"model.{field}", "leave it out")

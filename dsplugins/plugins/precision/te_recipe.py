@@ -86,8 +86,9 @@ class TeRecipe:
             version = importlib.metadata.version("transformer_engine")
         except importlib.metadata.PackageNotFoundError:
             return
-        if _numbers(version) < self.oldest:
-            wanted = ".".join(map(str, self.oldest))
+        oldest = self.oldest_on(_capability())
+        if _numbers(version) < oldest:
+            wanted = ".".join(map(str, oldest))
             said = f"{key} needs TransformerEngine {wanted} or newer, installed is {version}"
             yield Problem(said, key, f"pip install 'transformer_engine>={wanted}'", kind="environment")
 
@@ -95,15 +96,25 @@ class TeRecipe:
         """A GPU whose tensor cores don't have the format."""
         import torch
 
-        if not torch.cuda.is_available():
+        if (found := _capability()) is None:
             return  # the platform says so
-        found = torch.cuda.get_device_capability()
         for said in self.unfit(found, torch.version.cuda):
             yield Problem(f"{key} {said}", key, "name another precision plugin", kind="environment")
+
+    def oldest_on(self, capability: tuple[int, int] | None) -> Version:
+        """TransformerEngine that has the recipe on a GPU of this compute capability; None: on any."""
+        return self.oldest
 
     def unfit(self, capability: tuple[int, int], cuda: str | None) -> Iterable[str]:
         """What keeps the recipe from a GPU of this compute capability, with a torch for this CUDA."""
         raise NotImplementedError
+
+
+def _capability() -> tuple[int, int] | None:
+    """Of this machine's GPU, where it has one."""
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _numbers(version: str) -> Version:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from dsplugins.contracts import Plan
 
 
-def widths(config: MLATransformerConfig, plan: Plan) -> Mapping[str, int]:
+def widths(config: MLATransformerConfig, plan: Plan) -> dict[str, int]:
     """Inputs and outputs of a rank's linears, by what they are made of."""
     tensor, experts = plan.layout.tensor, plan.layout.expert_tensor
-    found = {
+    found: dict[str, int] = {
         "model.hidden_size": config.hidden_size,
         "a rank's model.ffn_hidden_size": config.ffn_hidden_size // tensor,
     }
@@ -22,12 +22,22 @@ def widths(config: MLATransformerConfig, plan: Plan) -> Mapping[str, int]:
         found["a rank's model.moe_ffn_hidden_size"] = config.moe_ffn_hidden_size // experts
         if shared := config.moe_shared_expert_intermediate_size:
             found["a rank's model.moe_shared_expert_intermediate_size"] = shared // tensor
+    heads = config.num_attention_heads // tensor
     if plan.slots.get("attention") == "mla":
-        found |= _latent(config, config.num_attention_heads // tensor)
-    return found
+        return found | _latent(config, heads)
+    return found | _grouped_query(config, heads, (config.num_query_groups or 0) // tensor)
 
 
-def _latent(config: MLATransformerConfig, heads: int) -> Mapping[str, int]:
+def _grouped_query(config: MLATransformerConfig, heads: int, groups: int) -> dict[str, int]:
+    """Those of ordinary attention; `heads` and `groups` of keys and values of a rank."""
+    size = config.kv_channels or 0
+    return {
+        "a rank's heads x model.kv_channels": heads * size,
+        "a rank's (heads + 2 x groups) x model.kv_channels": (heads + 2 * groups) * size,
+    }
+
+
+def _latent(config: MLATransformerConfig, heads: int) -> dict[str, int]:
     """Those of MLA; `heads` of a rank."""
     rope = config.qk_pos_emb_head_dim
     found = {

@@ -26,7 +26,13 @@ def test_platform_is_gloo_on_cpu(single):
     platform = Cpu().ds_platform(plan=SimpleNamespace())
     assert (platform.device_type, platform.distributed_backend) == ("cpu", "gloo")
     assert platform.prepare(0) == single
-    assert not list(platform.problems(64))
+    assert not list(platform.problems(8))
+
+
+def test_more_processes_than_the_memory_holds():
+    (problem,) = CpuPlatform().problems(10**6)
+    assert problem.message.startswith("1000000 processes take 244140 GiB before they hold any number")
+    assert problem.kind == "environment" and "dsplugins launch" in problem.remedy
 
 
 def test_core_is_not_compiled(single):

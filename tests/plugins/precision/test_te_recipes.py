@@ -16,6 +16,7 @@ RECIPE = "deepseek_v3/tiny_gpu.yaml"
 TE = ["plugins.torch_local=null", "plugins.te={}", "plugins.bf16=null"]
 SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 BLOCKWISE, MXFP8 = TeBlockwise(TeBlockwiseOptions()), TeMxfp8()
+FP32_SCALES = TeBlockwise(TeBlockwiseOptions(scales="fp32"))
 
 
 def problems(*overrides):
@@ -102,7 +103,8 @@ def machine(plugin, version, capability, cuda, monkeypatch):
 
 def test_machines_that_have_it(monkeypatch):
     assert machine(BLOCKWISE, "2.20.2+cu13", (9, 0), "13.0", monkeypatch) == []
-    assert machine(BLOCKWISE, "2.3.0", (10, 0), "12.9", monkeypatch) == []
+    assert machine(BLOCKWISE, "2.3.0", (9, 0), "12.9", monkeypatch) == []
+    assert machine(BLOCKWISE, "2.9.0", (10, 0), "12.9", monkeypatch) == []
     assert machine(MXFP8, "2.20.2", (10, 0), "13.0", monkeypatch) == []
     assert (
         machine(BLOCKWISE, None, (9, 0), "13.0", monkeypatch) == []
@@ -116,6 +118,8 @@ NEEDS = {
         (9, 0),
         "13.0",
     ): "needs TransformerEngine 2.3 or newer, installed is 2.2.1",
+    (BLOCKWISE, "2.8.0", (10, 0), "13.0"): "needs TransformerEngine 2.9 or newer, installed is 2.8.0",
+    (FP32_SCALES, "2.20.2", (10, 0), "13.0"): "has powers of two only on Blackwell (sm_100), but scales is",
     (BLOCKWISE, "2.20.2", (8, 0), "13.0"): "te_blockwise needs Hopper (sm_90) or newer, this GPU is sm_80",
     (BLOCKWISE, "2.20.2", (9, 0), "12.8"): "needs a torch for CUDA 12.9 or newer, this one is for 12.8",
     (MXFP8, "2.20.2", (9, 0), "13.0"): "te_mxfp8 needs Blackwell (sm_100): Hopper (sm_90) has no MXFP8",

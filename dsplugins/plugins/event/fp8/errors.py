@@ -29,9 +29,10 @@ class Errors:
     error: float
     """|x - Q(x)| / |x|, norms over all finite numbers."""
     underflow: float
-    """Share of the numbers that aren't zero and became zero."""
+    """Share of all numbers: those that became zero and were not."""
     saturation: float
-    """Share that lies beyond the largest number of the format, by more than rounding."""
+    """Share that lies beyond the largest number of the format, by more than rounding: none where a scale is
+    made from its tile's own largest number, as by `fp8_v3`."""
     not_finite: int
     """Numbers that are NaN or infinite, or became so."""
 

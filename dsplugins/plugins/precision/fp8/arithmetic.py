@@ -52,6 +52,6 @@ class Arithmetic(Protocol):
         """Each run of x [T, K] times its weight of `blocks` [E, N, K] transposed: [T, N], summed in FP32."""
         raise NotImplementedError
 
-    def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised]) -> torch.Tensor:
-        """dy [N, t] times x [K, t] transposed, for each run: FP32 [E, N, K]."""
+    def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised], into: torch.Tensor) -> None:
+        """Add dy [N, t] times x [K, t] transposed of each run to `into`, FP32 [E, N, K]."""
         raise NotImplementedError

@@ -45,22 +45,19 @@ class DeepGemm(TritonCasts):
         )
         return y[place]
 
-    def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised]) -> torch.Tensor:
-        """Sums run along tokens, each expert's own; zeros for one without tokens."""
+    def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised], into: torch.Tensor) -> None:
+        """Sums run along tokens, each expert's own, and begin with what is there.
+
+        Experts without tokens come along: the kernel passes over them, and would be built once more for each
+        number of others.
+        """
         assert isinstance(dy, Columns) and isinstance(x, Columns), "made by this class's `columns`"
-        busy = [expert for expert, length in enumerate(x.lengths) if length]
-        sums = torch.zeros(len(busy), dy.channels, x.channels, device=x.codes.device)
-        if busy:
-            lengths = [x.lengths[expert] for expert in busy]
-            on_device = torch.tensor(lengths, dtype=torch.int32, device=x.codes.device)
-            self._kernels.k_grouped_fp8_gemm_nt_contiguous(
-                (dy.codes, dy.scales.t()), (x.codes, x.scales.t()), sums, lengths, on_device, sums
-            )
-        if len(busy) == len(x):
-            return sums
-        dw = torch.zeros(len(x), dy.channels, x.channels, device=x.codes.device)
-        dw[busy] = sums
-        return dw
+        if not any(x.lengths):
+            return
+        on_device = torch.tensor(x.lengths, dtype=torch.int32, device=x.codes.device)
+        self._kernels.k_grouped_fp8_gemm_nt_contiguous(
+            (dy.codes, dy.scales.t()), (x.codes, x.scales.t()), into, x.lengths, on_device, into
+        )
 
 
 def _filled_up(splits: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,7 +36,7 @@ class ExpertsUp(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             codes, scales = ctx.saved_tensors
             kept = Quantised(codes, scales, ROW)
-            dw = products.deliver(weight, products.weight_gradient(dy, kept, splits, rule))
+            dw = products.deliver(weight, dy, kept, splits, rule)
         return dx, dw, None, None
 
 
@@ -57,8 +57,9 @@ class SwigluDown(torch.autograd.Function):
         rule: Rule,
     ) -> torch.Tensor:
         ctx.weight, ctx.splits, ctx.rule, ctx.dtype = weight, splits, rule, inner.dtype
-        stored = products.activation(inner, rule, "kept.x")
-        ctx.save_for_backward(stored.codes, stored.scales, probs)
+        if rule.keeps != "nothing":
+            stored = products.activation(inner, rule, "kept.x")
+            ctx.save_for_backward(stored.codes, stored.scales, probs)
         return products.output(products.active(inner, probs, rule), weight, splits, rule, inner.dtype)
 
     @staticmethod
@@ -74,5 +75,5 @@ class SwigluDown(torch.autograd.Function):
             dprobs = None if dprobs is None else dprobs.to(probs.dtype)
         if ctx.needs_input_grad[2]:
             active = swiglu.forward(inner, probs).to(ctx.dtype)
-            dw = products.deliver(weight, products.weight_gradient(dy, active, splits, rule))
+            dw = products.deliver(weight, dy, active, splits, rule)
         return dinner, dprobs, dw, None, None

@@ -42,7 +42,8 @@ class Fp8Product(torch.autograd.Function):
         ctx.rule, ctx.shape = rule, x.shape
         ctx.gathered, ctx.reduced = gathered, reduced
         ctx.weight = weight  # not a saved tensor: its `main_grad` is added to in backward
-        ctx.save_for_backward(*_keep(flat, codes, rule))
+        if rule.keeps != "nothing":
+            ctx.save_for_backward(*_keep(flat, codes, rule))
         whole = _gather(codes, gathered)
         y = products.output(whole, weight, [whole.codes.shape[0]], rule, x.dtype)
         return y.view(-1, *x.shape[1:-1], weight.shape[0])
@@ -60,7 +61,7 @@ class Fp8Product(torch.autograd.Function):
             dx, wait = _reduce(dx, ctx.gathered, ctx.reduced)
         if ctx.needs_input_grad[1]:
             x = _kept(ctx.saved_tensors, rule, ctx.gathered, weight.shape[1])
-            dw = products.deliver(weight, products.weight_gradient(flat, x, all_tokens, rule))
+            dw = products.deliver(weight, flat, x, all_tokens, rule)
         wait()
         return (dx if dx is None else dx.view(ctx.shape)), dw, None, None, None
 
@@ -149,11 +150,11 @@ class _Fp8Linear:
                 **others,
             )
         if isinstance(input, SwigluInput):
-            return self._down(input, weight, self.rule)
+            return self._down(input, weight, self.rule.now())
         y = Fp8Product.apply(
             input,
             weight,
-            self.rule,
+            self.rule.now(),
             tp_group if sequence_parallel else None,
             tp_group if allreduce_dgrad else None,
         )

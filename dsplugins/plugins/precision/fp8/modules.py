@@ -43,10 +43,10 @@ class Fp8GroupedProducts:
 
     def up(self, tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
         """tokens [T, H] times weight [E, 2I, H] transposed: [T, 2I]."""
-        return ExpertsUp.apply(tokens, weight, splits.tolist(), self.rules[0])
+        return ExpertsUp.apply(tokens, weight, splits.tolist(), self.rules[0].now())
 
     def down(
         self, inner: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor
     ) -> torch.Tensor:
         """SwiGLU of inner [T, 2I] times probs [T], times weight [E, H, I] transposed: [T, H]."""
-        return SwigluDown.apply(inner, probs, weight, splits.tolist(), self.rules[1])
+        return SwigluDown.apply(inner, probs, weight, splits.tolist(), self.rules[1].now())

@@ -21,7 +21,7 @@ MULTIPLE = 16
 """Of each width of a matrix: rows of codes must start at multiples of 16 bytes."""
 DEEP_GEMM = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "k_grouped_fp8_gemm_nt_contiguous")
 """What is called of it; its first releases, and other packages of that name, lack some."""
-GET_DEEP_GEMM = f"pip install sgl-deep-gemm, or build DeepSeek's (2.x); or {ANYWHERE}"
+GET_DEEP_GEMM = f"pip install sgl-deep-gemm==0.2.2 (later ones failed on torch 2.13); or {ANYWHERE}"
 CUBLAS = (12, 9)
 """The CUDA release whose cuBLASLt scales by 1 x 128 and 128 x 128 tiles first."""
 
@@ -34,7 +34,7 @@ def of_recipe(options: Fp8V3Options, plan: Plan, settings: Settings) -> Iterable
     if backend == "deepgemm" and options.outside == "fp32":
         said = "DeepGEMM's products come in BF16, but plugins.fp8_v3.outside is fp32"
         yield Problem(said, KEY, "leave outside at bf16, or name the backend torch or reference")
-    if len(options.products) < len(ALL):
+    if set(options.products) != set(ALL):
         said = f"fp8_v3's backend {backend} multiplies FP8 only, but products leaves some out"
         yield Problem(said, "plugins.fp8_v3.products", f"all three, or {ANYWHERE}")
     for said in uneven(settings.model, plan, MULTIPLE):

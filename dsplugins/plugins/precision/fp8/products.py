@@ -62,29 +62,34 @@ def input_gradient(
 
 
 def weight_gradient(
-    dy: torch.Tensor, x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule
-) -> torch.Tensor:
-    """dy [T, N] transposed times x [T, K], both in tiles of 128 tokens of a channel: FP32 [E, N, K]."""
+    dy: torch.Tensor, x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule, into: torch.Tensor
+) -> None:
+    """Add dy [T, N] transposed times x [T, K], in tiles of 128 tokens of a channel, to FP32 [E, N, K]."""
     if "wgrad" not in rule.products:
-        return rule.arithmetic.weight_gradient(*(_unrounded_runs(one, splits) for one in (dy, x)))
+        rule.arithmetic.weight_gradient(_unrounded_runs(dy, splits), _unrounded_runs(x, splits), into)
+        return
     left = rule.arithmetic.columns(dy, splits, rule.gradient, SMALLEST_GRADIENT)
     right = rule.arithmetic.columns(x, splits, rule.input)
     if rule.watch.look is not None:
         _watch(rule, "wgrad.dy", _runs(dy, splits), left)
         _watch(rule, "wgrad.x", _runs(x, splits), right)
-    return rule.arithmetic.weight_gradient(left, right)
+    rule.arithmetic.weight_gradient(left, right, into)
 
 
-def deliver(weight: Any, gradient: torch.Tensor) -> torch.Tensor:
-    """Add an FP32 gradient to `weight.main_grad`, unrounded; returns what autograd is to be given.
+def deliver(
+    weight: Any, dy: torch.Tensor, x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule
+) -> torch.Tensor:
+    """Add `weight_gradient` to `weight.main_grad`, unrounded; returns what autograd is to be given.
 
     Core's DDP makes `main_grad` and knows by `grad_added_to_main_grad` that it has it already; what autograd
     carries then only tells that this weight is done. Without DDP, autograd gets the gradient itself.
     """
-    gradient = gradient.view_as(weight)
     if getattr(weight, "main_grad", None) is None or not hasattr(weight, "grad_added_to_main_grad"):
+        gradient = torch.zeros_like(weight, dtype=torch.float32)
+        weight_gradient(dy, x, splits, rule, _stack(gradient))
         return gradient.to(weight.dtype)
-    weight.main_grad.add_(gradient)
+    assert weight.main_grad.dtype == torch.float32, "fp8_v3 sets ddp.grad_reduce_in_fp32"
+    weight_gradient(dy, x, splits, rule, _stack(weight.main_grad))
     weight.grad_added_to_main_grad = True
     if getattr(weight, "zero_out_wgrad", False):
         return torch.zeros_like(weight)

@@ -48,9 +48,10 @@ class Reference:
         parts = zip(x.split(splits), weights.unbind(), strict=True)
         return torch.cat([product(part, weight) for part, weight in parts]).to(dtype)
 
-    def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised]) -> torch.Tensor:
+    def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised], into: torch.Tensor) -> None:
         """One expert after the other."""
-        return torch.stack([product(*pair) for pair in zip(dy, x, strict=True)])
+        for sums, left, right in zip(into, dy, x, strict=True):
+            sums += product(left, right)
 
 
 def product(a: Quantised, b: Quantised) -> torch.Tensor:

@@ -1,9 +1,15 @@
-"""Which tensors of one linear have power-of-two scales, and what is kept of its input for backward."""
+"""Which tensors of one linear have power-of-two scales, and what is kept of its input for backward.
+
+Imported from hook bodies only: it needs torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, cast
+
+import torch
 
 from dsplugins.numerics.watch import Watch
 from dsplugins.plugins.precision.fp8.backends import Deferred
@@ -44,12 +50,21 @@ class Rule:
     """Power-of-two scales for the gradient of the output."""
     weight: bool = False
     """Power-of-two scales for the weight."""
-    keeps: Literal["e4m3", "e5m6"] = "e4m3"
+    keeps: Literal["e4m3", "e5m6", "nothing"] = "e4m3"
     """Format in which the input is kept for the weight gradient."""
     products: tuple[Name, ...] = ALL
     """Those that take FP8 operands; the others take what they would be made of."""
     watch: Watch = field(default_factory=Watch, compare=False)
     """Sees what is quantised by this rule."""
+
+    def now(self) -> Rule:
+        """This rule, or `forward_only` while autograd is off: in evaluation, and before recomputation."""
+        return self if torch.is_grad_enabled() else self.forward_only
+
+    @cached_property
+    def forward_only(self) -> Rule:
+        """The same where no backward follows: nothing is kept, and nobody watches what comes again."""
+        return replace(self, keeps="nothing", watch=Watch())
 
 
 def rule_for(linear: str, routed: bool, choice: Choice) -> Rule | None:

@@ -229,8 +229,16 @@ def problems(*overrides):
         ("plugins.bf16={}", "precision"),
         ("model.fp8=e4m3", "model.fp8 has two writers: command line sets 'e4m3', plugin fp8_v3 sets None"),
         ("model.activation_func_fp8_input_store=true", "would not reach fp8_v3's experts"),
+        ("plugins.fp8_v3.products=[]", "names no product, or one twice"),
+        ("plugins.fp8_v3.products=[fprop,fprop]", "names no product, or one twice"),
     ],
 )
 def test_what_does_not_go_together_is_refused(single, override, said):
     (message,) = problems(override)
     assert said in message
+
+
+def test_biases_of_experts_would_be_lost(single):
+    """Others refuse them, too: shared experts and packed ones."""
+    said = "model.add_bias_linear=True would not reach fp8_v3's experts"
+    assert any(said in message for message in problems("model.add_bias_linear=true"))

@@ -21,8 +21,8 @@ V3 = SimpleNamespace(
 TORCH = Fp8V3Options(backend="torch")
 
 
-def of_recipe(options=TORCH, layout=None, platform="cuda", **changed):
-    plan = SimpleNamespace(layout=layout or Layout(), slots={"platform": platform, "attention": "mla"})
+def of_recipe(options=TORCH, layout=None, platform="cuda", attention="mla", **changed):
+    plan = SimpleNamespace(layout=layout or Layout(), slots={"platform": platform, "attention": attention})
     settings = SimpleNamespace(model=SimpleNamespace(**{**vars(V3), **changed}))
     return [problem.message for problem in needs.of_recipe(options, plan, settings)]
 
@@ -42,7 +42,10 @@ def test_v3_fits():
         ({"qk_pos_emb_head_dim": 8, "num_attention_heads": 2},
          "but model.kv_lora_rank + model.qk_pos_emb_head_dim is 520"),
         ({"options": Fp8V3Options(backend="deepgemm", outside="fp32")}, "DeepGEMM's products come in BF16"),
+        ({"attention": "gqa", "num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 12},
+         "but a rank's heads x model.kv_channels is 24"),
         ({"options": replace(TORCH, products=("fprop",))}, "FP8 only, but products leaves some out"),
+        ({"options": replace(TORCH, products=("fprop", "fprop", "dgrad"))}, "products leaves some out"),
     ],
 )  # fmt: skip
 def test_of_a_recipe(case, said):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import report_fp8 as report
 import torch
 
 from dsplugins.numerics.tiles import ROW, SQUARE, dequantise, quantise
+from dsplugins.numerics.watch import Watch
 from dsplugins.plugins.precision.fp8 import products
 from dsplugins.plugins.precision.fp8.experts import ExpertsUp, SwigluDown
 from dsplugins.plugins.precision.fp8.linear import Fp8Product
@@ -44,6 +47,12 @@ def test_each_product_is_exact_up_to_fp32_sums(tokens, inputs, outputs, power_of
         assert ((got - exact(a, b)).abs() <= bound + 1e-30).all(), name
 
 
+def weight_gradient(dy, x):
+    found = torch.zeros(1, dy.shape[1], x.shape[1])
+    products.weight_gradient(dy, x, [len(x)], PLAIN, found)
+    return found[0]
+
+
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
 def test_each_product_is_close_to_bf16s(magnitude):
     """O3: 1 - 2 <x, y> / (|x|^2 + |y|^2) below 1e-3."""
@@ -54,7 +63,7 @@ def test_each_product_is_close_to_bf16s(magnitude):
     assert report.difference(forward, (x @ w.t()).float()) < 1e-3
     gradient = products.input_gradient(quantise(dy, ROW), w, [256], PLAIN, torch.float32)
     assert report.difference(gradient, (dy @ w).float()) < 1e-3
-    weight = products.weight_gradient(dy, x, [len(x)], PLAIN)[0]
+    weight = weight_gradient(dy, x)
     assert report.difference(weight, (dy.t() @ x).float()) < 1e-3
 
 
@@ -127,7 +136,7 @@ def test_gradients_have_digits_at_any_size():
         dy = drawn(64, 128, seed=2) * size
         codes = products.gradient(dy, PLAIN)
         results.append(products.input_gradient(codes, w, [64], PLAIN, torch.float32) / size)
-        results.append(products.weight_gradient(dy, x, [len(x)], PLAIN)[0] / size)
+        results.append(weight_gradient(dy, x) / size)
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
@@ -183,10 +192,28 @@ def test_weight_gradients_are_summed_unrounded():
         dy = drawn(32, 64, seed=seed + 10).bfloat16()
         Fp8Product.apply(x, weight, PLAIN, None, None).backward(dy)
         seen = dequantise(quantise(x.detach(), ROW))
-        sums += products.weight_gradient(dy, seen, [32], PLAIN)[0]
+        sums += weight_gradient(dy, seen)
     assert weight.grad_added_to_main_grad
     assert torch.equal(weight.main_grad, sums)
     assert not torch.equal(sums, sums.bfloat16().float())
+
+
+def test_nothing_is_kept_or_watched_where_no_backward_follows():
+    """Evaluation, and the first of two forward passes under recomputation."""
+    watch = Watch()
+    seen = []
+    watch.look = lambda operand, *_: seen.append(operand)
+    rule = replace(rule_for("proj", False, Choice()), watch=watch)
+    assert rule.now() is rule and rule.keeps == "e5m6"
+    x, w = drawn(32, 128), drawn(64, 128, seed=1).requires_grad_()
+    with_backward = Fp8Product.apply(x, w, rule.now(), None, None)
+    assert seen == ["fprop.x", "fprop.w"] and len(with_backward.grad_fn.saved_tensors) == 2
+    with torch.no_grad():
+        assert rule.now() is rule.forward_only
+        assert torch.equal(Fp8Product.apply(x, w, rule.now(), None, None), with_backward)
+        inner = drawn(32, 256)
+        SwigluDown.apply(inner, None, w, [32], rule.now())
+    assert len(seen) == 2
 
 
 def test_square_tiles_for_gradients_hurt_where_outliers_follow_tokens():
