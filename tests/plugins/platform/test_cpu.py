@@ -31,7 +31,7 @@ def test_platform_is_gloo_on_cpu(single):
 
 def test_more_processes_than_the_memory_holds():
     (problem,) = CpuPlatform().problems(10**6)
-    assert problem.message.startswith("1000000 processes take 244140 GiB before they hold any number")
+    assert problem.message.startswith("1000000 processes take 250000 GiB before they hold any number")
     assert problem.kind == "environment" and "dsplugins launch" in problem.remedy
 
 

@@ -5,7 +5,7 @@ Imported from hook bodies only: it needs torch and megatron-core.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -55,12 +55,14 @@ class Fp8Product(torch.autograd.Function):
         all_tokens = [flat.shape[0]]
         dx = dw = None
         wait: Callable[[], object] = _nothing
+        if ctx.needs_input_grad[1]:  # on its way while dx is made
+            kept = [_gathering(part, ctx.gathered) for part in ctx.saved_tensors]
         if ctx.needs_input_grad[0]:
             dy_codes = products.gradient(flat, rule)
             dx = products.input_gradient(dy_codes, weight, all_tokens, rule, dy.dtype)
             dx, wait = _reduce(dx, ctx.gathered, ctx.reduced)
         if ctx.needs_input_grad[1]:
-            x = _kept(ctx.saved_tensors, rule, ctx.gathered, weight.shape[1])
+            x = _kept([arrived() for arrived in kept], rule, weight.shape[1])
             dw = products.deliver(weight, flat, x, all_tokens, rule)
         wait()
         return (dx if dx is None else dx.view(ctx.shape)), dw, None, None, None
@@ -78,9 +80,9 @@ def _keep(x: torch.Tensor, codes: Quantised, rule: Rule) -> tuple[torch.Tensor, 
     return packed.bytes, packed.scales
 
 
-def _kept(saved: tuple[torch.Tensor, ...], rule: Rule, group: Any, columns: int) -> torch.Tensor | Quantised:
-    """The whole input [T, K] as backward sees it."""
-    codes, scales = (_gathered(part, group) for part in saved)
+def _kept(saved: Sequence[torch.Tensor], rule: Rule, columns: int) -> torch.Tensor | Quantised:
+    """The whole input [T, K] as backward sees it, from what was kept of it."""
+    codes, scales = saved
     if rule.keeps == "e4m3" or "wgrad" not in rule.products:
         return Quantised(codes, scales, ROW)
     return e5m6.unpack(e5m6.Packed(codes, scales, columns))
@@ -88,16 +90,23 @@ def _kept(saved: tuple[torch.Tensor, ...], rule: Rule, group: Any, columns: int)
 
 def _gather(q: Quantised, group: Any) -> Quantised:
     """Rows of all ranks of `group`, in their order."""
-    return Quantised(_gathered(q.codes, group), _gathered(q.scales, group), q.tile)
+    codes, scales = (_gathering(part, group) for part in (q.codes, q.scales))
+    return Quantised(codes(), scales(), q.tile)
 
 
-def _gathered(part: torch.Tensor, group: Any) -> torch.Tensor:
+def _gathering(part: torch.Tensor, group: Any) -> Callable[[], torch.Tensor]:
+    """Start to gather rows; what is returned gives them when they are there. No group: they are."""
     if group is None:
-        return part
+        return lambda: part
     as_bytes = part.contiguous().view(torch.uint8)
     whole = as_bytes.new_empty(group.size() * as_bytes.shape[0], *as_bytes.shape[1:])
-    dist.all_gather_into_tensor(whole, as_bytes, group=group)
-    return whole.view(part.dtype)
+    wait = _waiting(dist.all_gather_into_tensor(whole, as_bytes, group=group, async_op=True))
+
+    def arrived() -> torch.Tensor:
+        wait()
+        return whole.view(part.dtype)
+
+    return arrived
 
 
 def _reduce(dx: torch.Tensor, gathered: Any, reduced: Any) -> tuple[torch.Tensor, Callable[[], object]]:
