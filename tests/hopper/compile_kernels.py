@@ -15,7 +15,7 @@ from dsplugins.plugins.precision.fp8 import kernels
 TYPES = {
     "x": "*bf16", "x_scales": "*fp32", "inner": "*bf16", "probs": "*fp32", "weight": "*bf16",
     "codes": "*fp8e4nv",
-    "scales": "*fp32", "tiles": "*i64",
+    "scales": "*fp32", "tiles": "*i64", "packed": "*u8", "y": "*bf16",
 }  # fmt: skip
 FORMS = {
     "rows_kernel": [{"POWER_OF_TWO": False, "BLOCK": 32}],
@@ -25,6 +25,8 @@ FORMS = {
     "columns_kernel": [
         {"QUANTISED": quantised, "POWER_OF_TWO": True, "BLOCK": 64} for quantised in (False, True)
     ],
+    "e5m6_pack_kernel": [{"BLOCK": 32}],
+    "e5m6_unpack_kernel": [{"BLOCK": 32}],
     "blocks_kernel": [{"POWER_OF_TWO": False, "TRANSPOSED": transposed} for transposed in (False, True)],
 }
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from dsplugins.numerics.tiles import SMALLEST_AMAX, Quantised
+from dsplugins.plugins.precision.fp8.e5m6 import Packed
 
 
 class Arithmetic(Protocol):
@@ -44,6 +45,14 @@ class Arithmetic(Protocol):
 
     def swiglu_rows(self, inner: torch.Tensor, probs: torch.Tensor | None, power_of_two: bool) -> Quantised:
         """`rows` of SwiGLU of inner [T, 2I] times probs [T], rounded to the format of inner first."""
+        raise NotImplementedError
+
+    def pack(self, x: torch.Tensor) -> Packed:
+        """x [T, K] in E5M6, scales of powers of two."""
+        raise NotImplementedError
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """BF16 [T, K], which holds every number of E5M6 times a power of two."""
         raise NotImplementedError
 
     def product(

@@ -11,6 +11,7 @@ import triton
 from dsplugins.numerics.tiles import E4M3, ROW, SMALLEST_AMAX, SQUARE, TILE, Quantised
 from dsplugins.plugins.precision.fp8 import kernels
 from dsplugins.plugins.precision.fp8.columns import Columns, tiles, whole
+from dsplugins.plugins.precision.fp8.e5m6 import Packed
 
 TOKENS = 32
 """Tiles of 1 x 128 that one program of a row kernel makes."""
@@ -19,7 +20,7 @@ CHANNELS = 64
 
 
 class TritonCasts:
-    """`rows`, `columns`, `blocks` and `swiglu_rows` of `arithmetic.Arithmetic`, on CUDA.
+    """All of `arithmetic.Arithmetic` but its products, on CUDA.
 
     Scales of rows lie as Hopper's products want them, [K / 128, T] seen as [T, K / 128].
     """
@@ -81,6 +82,27 @@ class TritonCasts:
             power_of_two, transposed, num_warps=8,
         )  # fmt: skip
         return Quantised(codes, scales, SQUARE)
+
+    def pack(self, x: torch.Tensor) -> Packed:
+        """[T, K] in E5M6, two numbers in three bytes."""
+        x, (tokens, channels) = x.contiguous(), x.shape
+        packed = torch.empty(tokens, 3 * -(-channels // 2), dtype=torch.uint8, device=x.device)
+        scales = torch.empty(triton.cdiv(channels, TILE), tokens, device=x.device)
+        if x.numel():
+            kernels.e5m6_pack_kernel[(triton.cdiv(tokens, TOKENS), scales.shape[0])](
+                x, packed, scales, tokens, channels, _bits(SMALLEST_AMAX), TOKENS
+            )
+        return Packed(packed, scales.t(), channels)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """BF16 [T, K]."""
+        source, tokens = packed.bytes.contiguous(), packed.bytes.shape[0]
+        y = torch.empty(tokens, packed.columns, dtype=torch.bfloat16, device=source.device)
+        if y.numel():
+            kernels.e5m6_unpack_kernel[(triton.cdiv(tokens, TOKENS), packed.scales.shape[1])](
+                source, packed.scales, y, tokens, packed.columns, *packed.scales.stride(), TOKENS
+            )
+        return y
 
 
 def _row_outputs(tokens: int, channels: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

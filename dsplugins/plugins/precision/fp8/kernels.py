@@ -1,4 +1,4 @@
-"""Casts to E4M3 in tiles as Triton kernels: each reads its input once and makes codes and scales.
+"""Casts to E4M3 and E5M6 in tiles as Triton kernels: each reads its input once and makes codes and scales.
 
 Codes and scales are those of `reference`, to the bit: divisions are rounded as IEEE 754 wants, and a tile's
 largest magnitude is found among integers, in whose order NaN stands above infinity and is not lost. What
@@ -13,6 +13,10 @@ import triton.language as tl
 
 TILE = tl.constexpr(128)
 TOP = tl.constexpr(448.0)
+E5M6_TOP = tl.constexpr(65024.0)
+E5M6_NORMAL = tl.constexpr(2.0**-14)
+E5M6_GRID = tl.constexpr(12.0)
+"""Numbers about this large stand 2^-20 apart, as E5M6's subnormals do: adding it rounds to them."""
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 """All bits of a float32 but its sign."""
 INFINITY = tl.constexpr(0x7F800000)
@@ -27,9 +31,11 @@ def magnitude(values: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def scale_of(largest: tl.tensor, smallest: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
-    """The scale of a tile whose largest `magnitude` this is, but at least `smallest`."""
-    scale = tl.div_rn(tl.maximum(largest, smallest).to(tl.float32, bitcast=True), TOP)
+def scale_of(
+    largest: tl.tensor, smallest: tl.tensor, POWER_OF_TWO: tl.constexpr, BY: tl.constexpr = TOP
+) -> tl.tensor:
+    """The scale of a tile whose largest `magnitude` this is, but at least `smallest`, that takes it to BY."""
+    scale = tl.div_rn(tl.maximum(largest, smallest).to(tl.float32, bitcast=True), BY)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         up = ((bits + MANTISSA) >> MANTISSA_BITS) << MANTISSA_BITS
@@ -168,3 +174,78 @@ def blocks_kernel(
     else:
         tl.store(codes + matrix + at, coded, mask=inside)
         tl.store(scales + (expert * scale_down + down) * scale_across + across, scale)
+
+
+@triton.jit
+def e5m6_code(values: tl.tensor) -> tl.tensor:
+    """float32 -> 12 bits in an int32: FP16 without its last four bits, rounded to nearest, ties to even."""
+    bits = values.to(tl.int32, bitcast=True)
+    normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) >> 17 << 17).to(tl.float32, bitcast=True)
+    small = (values + E5M6_GRID) - E5M6_GRID
+    nearest = tl.where(tl.abs(values) < E5M6_NORMAL, small, normal)
+    nearest = tl.where(values == values, nearest, values)  # NaN
+    unsigned = (nearest.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 4) & 0x7FF
+    return unsigned | ((bits >> 20) & 0x800)  # the sign of what became zero, too
+
+
+@triton.jit
+def e5m6_pack_kernel(
+    x: tl.tensor,
+    packed: tl.tensor,
+    scales: tl.tensor,
+    tokens: tl.tensor,
+    channels: tl.tensor,
+    smallest: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """x [tokens, channels] -> bytes [tokens, 3 * ceil(channels / 2)]; scales [tiles, tokens].
+
+    Two numbers are three bytes, the first one in the low bits. A program: BLOCK tiles.
+    """
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(1)
+    channel = tile * TILE + tl.arange(0, TILE)
+    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
+    at = token[:, None] * channels + channel[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(magnitude(values), axis=1), smallest, True, E5M6_TOP)
+    code = e5m6_code(tl.div_rn(values, scale[:, None]))
+    first, second = tl.split(tl.reshape(code, (BLOCK, TILE // 2, 2)))
+    three = first | (second << 12)
+    pair = tile * (TILE // 2) + tl.arange(0, TILE // 2)
+    pairs = (channels + 1) // 2
+    there = packed + token[:, None] * (3 * pairs) + 3 * pair[None, :]
+    within = (token[:, None] < tokens) & (pair[None, :] < pairs)
+    for byte in tl.static_range(3):
+        tl.store(there + byte, ((three >> (8 * byte)) & 0xFF).to(tl.uint8), mask=within)
+    tl.store(scales + tile * tokens + token, scale, mask=token < tokens)
+
+
+@triton.jit
+def e5m6_unpack_kernel(
+    packed: tl.tensor,
+    scales: tl.tensor,
+    y: tl.tensor,
+    tokens: tl.tensor,
+    channels: tl.tensor,
+    token_stride: tl.tensor,
+    tile_stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The way back of `e5m6_pack_kernel`, into y [tokens, channels]; strides are those of `scales`."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(1)
+    pair = tile * (TILE // 2) + tl.arange(0, TILE // 2)
+    pairs = (channels + 1) // 2
+    there = packed + token[:, None] * (3 * pairs) + 3 * pair[None, :]
+    within = (token[:, None] < tokens) & (pair[None, :] < pairs)
+    three = tl.load(there, mask=within, other=0).to(tl.int32)
+    three |= tl.load(there + 1, mask=within, other=0).to(tl.int32) << 8
+    three |= tl.load(there + 2, mask=within, other=0).to(tl.int32) << 16
+    code = tl.interleave(three & 0xFFF, three >> 12)
+    values = (code << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    scale = tl.load(scales + token * token_stride + tile * tile_stride, mask=token < tokens, other=0.0)
+    channel = tile * TILE + tl.arange(0, TILE)
+    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
+    at = token[:, None] * channels + channel[None, :]
+    tl.store(y + at, (values * scale[:, None]).to(y.dtype.element_ty), mask=inside)

@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from dsplugins.numerics.tiles import ROW, Quantised
 from dsplugins.numerics.watch import Watch
-from dsplugins.plugins.precision.fp8 import e5m6, products
+from dsplugins.plugins.precision.fp8 import products
+from dsplugins.plugins.precision.fp8.e5m6 import Packed
 from dsplugins.plugins.precision.fp8.experts import SwigluDown
 from dsplugins.plugins.precision.fp8.rule import Choice, Rule, rule_for
 from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
@@ -76,7 +77,7 @@ def _keep(x: torch.Tensor, codes: Quantised, rule: Rule) -> tuple[torch.Tensor, 
     """Codes and scales of this rank's part of the input, in the format of the rule."""
     if rule.keeps == "e4m3" or "wgrad" not in rule.products:
         return codes.codes, codes.scales
-    packed = e5m6.pack(x)
+    packed = rule.arithmetic.pack(x)
     return packed.bytes, packed.scales
 
 
@@ -85,7 +86,7 @@ def _kept(saved: Sequence[torch.Tensor], rule: Rule, columns: int) -> torch.Tens
     codes, scales = saved
     if rule.keeps == "e4m3" or "wgrad" not in rule.products:
         return Quantised(codes, scales, ROW)
-    return e5m6.unpack(e5m6.Packed(codes, scales, columns))
+    return rule.arithmetic.unpack(Packed(codes, scales, columns))
 
 
 def _gather(q: Quantised, group: Any) -> Quantised:

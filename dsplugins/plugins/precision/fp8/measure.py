@@ -158,7 +158,8 @@ def speeds(
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(tokens, width, generator=generator, device=device).bfloat16()
     probs = torch.rand(tokens, generator=generator, device=device)
-    kept = arithmetic.rows(x, True)
+    kept, packed = arithmetic.rows(x, True), arithmetic.pack(x)
+    small = packed.bytes.numel() + 4 * packed.scales.numel()
     calls: dict[str, tuple[int, Callable[[], object]]] = {
         "rows": (2 * x.numel() + _size(kept), lambda: arithmetic.rows(x, True)),
         "columns": (2 * x.numel() + _size(kept), lambda: arithmetic.columns(x, [tokens], True)),
@@ -169,6 +170,8 @@ def speeds(
             2 * x.numel() + _size(kept) // 2,
             lambda: arithmetic.swiglu_rows(x, probs, True),
         ),
+        "E5M6": (2 * x.numel() + small, lambda: arithmetic.pack(x)),
+        "from E5M6": (small + 2 * x.numel(), lambda: arithmetic.unpack(packed)),
     }
     rows = []
     for name, (moved, call) in calls.items():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from dsplugins.numerics.tiles import ROW, SMALLEST_AMAX, SQUARE, TILE, Quantised, dequantise, quantise
-from dsplugins.plugins.precision.fp8 import swiglu
+from dsplugins.plugins.precision.fp8 import e5m6, swiglu
 
 
 class Reference:
@@ -40,6 +40,14 @@ class Reference:
     def swiglu_rows(self, inner: torch.Tensor, probs: torch.Tensor | None, power_of_two: bool) -> Quantised:
         """SwiGLU, then `rows`."""
         return self.rows(swiglu.forward(inner, probs).to(inner.dtype), power_of_two)
+
+    def pack(self, x: torch.Tensor) -> e5m6.Packed:
+        """[T, K] in E5M6."""
+        return e5m6.pack(x)
+
+    def unpack(self, packed: e5m6.Packed) -> torch.Tensor:
+        """BF16 [T, K]."""
+        return e5m6.unpack(packed).bfloat16()
 
     def product(
         self, x: Quantised, weights: Quantised, splits: Sequence[int], dtype: torch.dtype

@@ -17,6 +17,7 @@ def cast(values, was, wanted, rounding):
     types = {
         tl.float32: (torch.float32, np.uint32),
         tl.bfloat16: (torch.bfloat16, np.uint16),
+        tl.float16: (torch.float16, np.uint16),
         tl.float8e4nv: (torch.float8_e4m3fn, np.uint8),
     }
     if was not in types or wanted not in types:

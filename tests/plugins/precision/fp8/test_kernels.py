@@ -83,6 +83,20 @@ def test_blocks(casts, transposed, power_of_two):
     assert found.codes.is_contiguous()
 
 
+@pytest.mark.parametrize("tokens, channels", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_e5m6_there_and_back(casts, tokens, channels, dtype):
+    """Down to its subnormals; the bytes of NaN are any NaN's."""
+    x = drawn(tokens, channels, dtype=dtype)
+    found, expected = casts.pack(x), REFERENCE.pack(x)
+    assert torch.equal(found.scales.nan_to_num(-1.0), expected.scales.nan_to_num(-1.0))
+    back, wanted = casts.unpack(found), REFERENCE.unpack(expected)
+    assert back.dtype == torch.bfloat16 and torch.equal(back.isnan(), wanted.isnan())
+    assert torch.equal(back.nan_to_num(0.0), wanted.nan_to_num(0.0))
+    whole = ~wanted.isnan().any(dim=1)
+    assert torch.equal(found.bytes[whole], expected.bytes[whole])
+
+
 @pytest.mark.parametrize("with_probs", [False, True])
 def test_swiglu_in_one(casts, with_probs):
     """An exponential's last digit may round a number of BF16 the other way: a code in a thousand may differ
@@ -101,6 +115,7 @@ def test_nothing_for_no_tokens(casts):
     assert casts.rows(empty, False).codes.shape == (0, 256)
     assert [one.codes.shape for one in casts.columns(empty, [0, 0], False)] == [(256, 0), (256, 0)]
     assert casts.swiglu_rows(empty, None, False).codes.shape == (0, 128)
+    assert casts.unpack(casts.pack(empty)).shape == (0, 256)
 
 
 def test_all_compile_for_hopper_without_one(tmp_path):
@@ -112,7 +127,11 @@ def test_all_compile_for_hopper_without_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert sorted(made) == ["blocks_kernel", "columns_kernel", "rows_kernel", "swiglu_rows_kernel"]
-    for form in (form for forms in made.values() for form in forms):
-        assert "cvt.rn.satfinite.e4m3x2.f32" in form["ptx"] and ".target sm_90" in form["ptx"]
+    e5m6 = ["e5m6_pack_kernel", "e5m6_unpack_kernel"]
+    assert sorted(made) == sorted(
+        ["blocks_kernel", "columns_kernel", "rows_kernel", "swiglu_rows_kernel", *e5m6]
+    )
+    for name, form in ((name, form) for name, forms in made.items() for form in forms):
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in form["ptx"]) == (name not in e5m6)
+        assert ".target sm_90" in form["ptx"]
         assert form["cubin_bytes"] > 1000
