@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from dsplugins.recipe import Recipe
 
+OWN = "dsplugins"
+"""This distribution's name."""
 GROUP = "dsplugins."
 REQUIRED = ("platform", "model", "backend", "precision", "attention", "schedule", "optimizer", "data")
 REQUIRED_BY_MOE = ("router", "experts", "dispatcher")
@@ -154,6 +156,14 @@ class Plugins:
                 "options": _plain(item.options),
             }
             for item in self.chosen
+        ]
+
+    def guests(self) -> list[str]:
+        """Those that other packages offer: `router first_come (first-come 0.1)`."""
+        return [
+            f"{item.slot} {item.name} ({item.offer.distribution} {item.offer.version})"
+            for item in self.chosen
+            if item.offer.distribution != OWN
         ]
 
     def digest(self) -> str:

@@ -87,7 +87,8 @@ def reason_of(error: BaseException) -> str:
         return said
     if isinstance(error, HookFailure):
         return f"{_rank()}{said}{_place(error.__cause__)}"
-    return f"{_rank()}{type(error).__name__}: {said}"
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{_rank()}{type(error).__name__}: {said}{notes}"
 
 
 def _rank() -> str:

@@ -19,6 +19,7 @@ from dsplugins.cli.experiment_runs import folder, needs_matplotlib, train_all
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(min=1, max=10), help="Runs of each way."
 )
+@click.option("--peak", default=1.0e-4, show_default=True, type=float, help="Of the learning rate.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Runs side by side.")
 @click.option(
     "--out",
@@ -41,6 +42,7 @@ def fp8(
     overrides: tuple[str, ...],
     steps: int,
     seeds: int,
+    peak: float,
     jobs: int,
     out: Path,
     kept: Path | None,
@@ -60,12 +62,13 @@ def fp8(
 
     needs_matplotlib()
     with folder(kept, "fp8") as where:
-        planned = list(experiment.runs(steps, seeds, overrides, why=why))
+        planned = list(experiment.runs(steps, seeds, overrides, why=why, peak=peak))
         train_all([run for _, _, run in planned], where, jobs)
         measured = [experiment.measure(way, seed, where / run.name) for way, seed, run in planned]
     found = experiment.results(measured, steps, overrides)
     name = "fp8_why" if why else "fp8"
     line = ["dsplugins", "experiment", "fp8", "--steps", str(steps), "--seeds", str(seeds)]
+    line += ["--peak", f"{peak:g}"] if peak != experiment.PEAK else []
     asked = [*(["--why"] if why else []), *map(shlex.quote, overrides)]
     path = records.write(out, name, [*line, *asked], found)
     draw(measured, path.with_suffix(".png"))
@@ -78,19 +81,22 @@ def _page(found: dict[str, Any], path: Path) -> str:
     from dsplugins.cli.columns import columns
 
     first, last = found["compared_steps"]
-    rows = [["WAY", "LARGEST GAP", "LIMIT", "", "MEAN OF LAST THIRD", "95 % INTERVAL"]]
+    until = found["floor_holds_until_step"]
+    rows = [["WAY", "LARGEST GAP", f"TO STEP {until}", "LIMIT", "", "MEAN OF LAST THIRD", "95 % INTERVAL"]]
     for way, one in found["percent"].items():
         half = one["drift_half_interval"]
         interval = "-" if half is None else f"{one['drift'] - half:+.3f} to {one['drift'] + half:+.3f} %"
         verdict = {None: "", True: "holds", False: "DOES NOT HOLD"}[one["holds"]]
         gap = f"{one['largest_gap']:.3f} %"
         limit = "-" if one["limit"] is None else f"{one['limit']:g} %"
-        rows.append([way, gap, limit, verdict, f"{one['drift']:+.3f} %", interval])
+        early = f"{one['largest_gap_while_floor_holds']:.3f} %"
+        rows.append([way, gap, early, limit, verdict, f"{one['drift']:+.3f} %", interval])
     verdict = "holds" if found["holds"] else "DOES NOT HOLD"
     return "\n".join(
         [
             f"relative difference from bf16, smoothed losses of steps {first} to {last}:",
             columns(rows),
+            f"the floor holds to step {until}: beyond it BF16 differs from itself by more than it may",
             "",
             f"the claim {verdict}; {path} and {path.stem}.png beside it",
         ]

@@ -55,26 +55,26 @@ class Measured:
 
 
 def runs(
-    steps: int, seeds: int, overrides: Sequence[str] = (), *, why: bool = False
+    steps: int, seeds: int, overrides: Sequence[str] = (), *, why: bool = False, peak: float = PEAK
 ) -> Iterator[tuple[str, int, Run]]:
     """(way, seed, run) for seeds 1 to `seeds`, of all ways where it is asked `why`.
 
     `overrides` may replace the learning rate, never what is counted here: steps, seeds and ways.
     """
     ways = WAYS if why else {way: WAYS[way] for way in (BASE, *LIMITS)}
-    schedule = f"train.learning_rate={json.dumps(learning_rate(steps))}"
+    schedule = f"train.learning_rate={json.dumps(learning_rate(steps, peak))}"
     for seed in range(1, seeds + 1):
         counted = (f"train.steps={steps}", f"train.seed={seed}")
         for way, change in ways.items():
             yield way, seed, Run(f"{way}_{seed}", RECIPE, (schedule, *overrides, *counted, *change))
 
 
-def learning_rate(steps: int) -> list[dict[str, Any]]:
+def learning_rate(steps: int, peak: float = PEAK) -> list[dict[str, Any]]:
     """The recipe's schedule for `steps`: up for a fifth, level until half, down to a tenth."""
     return [
-        {"until": f"{warm_up(steps)} steps", "from": 0, "to": PEAK},
-        {"until": f"{steps // 2} steps", "value": PEAK},
-        {"until": f"{steps} steps", "to": PEAK / 10, "shape": "cosine"},
+        {"until": f"{warm_up(steps)} steps", "from": 0, "to": peak},
+        {"until": f"{steps // 2} steps", "value": peak},
+        {"until": f"{steps} steps", "to": peak / 10, "shape": "cosine"},
     ]
 
 
@@ -130,7 +130,8 @@ def drift(measured: Sequence[Measured], way: str) -> dict[str, Any]:
 def results(measured: Sequence[Measured], steps: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What goes into the record."""
     there = {one.way for one in measured} - {BASE}
-    found = {way: _compared(measured, way, steps) for way in WAYS if way in there}
+    until = floor_until(measured, steps)
+    found = {way: _compared(measured, way, steps, until) for way in WAYS if way in there}
     return {
         "holds": all(found[way]["holds"] for way in LIMITS),
         "recipe": RECIPE,
@@ -138,6 +139,7 @@ def results(measured: Sequence[Measured], steps: int, overrides: Sequence[str] =
         "ways": {way: " ".join(WAYS[way]) or "the recipe as it is" for way in (BASE, *found)},
         "steps": steps,
         "compared_steps": [warm_up(steps) + 1, steps],
+        "floor_holds_until_step": until,
         "percent": found,
         "validation_loss": {
             way: {one.seed: round(one.validation_loss, 5) for one in measured if one.way == way}
@@ -150,15 +152,31 @@ def results(measured: Sequence[Measured], steps: int, overrides: Sequence[str] =
     }
 
 
-def _compared(measured: Sequence[Measured], way: str, steps: int) -> dict[str, Any]:
-    """Largest gap by seed and over all, the limit, and the drift, all in percent of the loss of `bf16`."""
-    largest = {seed: float(np.abs(gap[warm_up(steps) :]).max()) for seed, gap in gaps(measured, way).items()}
+def floor_until(measured: Sequence[Measured], steps: int) -> int:
+    """The last step up to which, after warm-up, the twin of every seed stays within its limit.
+
+    What a way does beyond it tells nothing: there BF16 differs from itself by as much.
+    """
+    outside = [~(np.abs(gap[warm_up(steps) :]) < LIMITS["twin"]) for gap in gaps(measured, "twin").values()]
+    lost = np.logical_or.reduce(outside)
+    return warm_up(steps) + int(lost.argmax()) if lost.any() else steps
+
+
+def _compared(measured: Sequence[Measured], way: str, steps: int, until: int) -> dict[str, Any]:
+    """Largest gap by seed, over all, and while the floor holds; the limit, and the drift.
+
+    All in percent of the loss of `bf16`.
+    """
+    after = {seed: np.abs(gap[warm_up(steps) :]) for seed, gap in gaps(measured, way).items()}
+    largest = {seed: float(gap.max()) for seed, gap in after.items()}
+    while_floor = [float(gap[: until - warm_up(steps)].max(initial=0.0)) for gap in after.values()]
     drifted = drift(measured, way)
     return {
         "limit": 100 * LIMITS[way] if way in LIMITS else None,
         "largest_gap": round(100 * max(largest.values()), 4),
         "largest_gap_by_seed": {seed: round(100 * gap, 4) for seed, gap in largest.items()},
         "holds": max(largest.values()) < LIMITS[way] if way in LIMITS else None,
+        "largest_gap_while_floor_holds": round(100 * max(while_floor), 4),
         "drift": round(100 * drifted["mean"], 4),
         "drift_by_seed": {seed: round(100 * value, 4) for seed, value in drifted["by_seed"].items()},
         "drift_half_interval": None

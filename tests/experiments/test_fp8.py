@@ -58,6 +58,19 @@ def test_the_claim_is_of_every_seed(twin, quantised, holds):
     assert found["percent"]["fp8_v3"]["largest_gap_by_seed"] == {1: 0.0, 2: pytest.approx(100 * quantised)}
 
 
+def test_how_long_the_floor_holds():
+    """Nothing is told by what a way does after the twin of any seed has left."""
+    leaves = np.where(np.arange(30) >= 19, 0.02, 0.0)
+    measured = [*three_ways(1, 0.0, np.where(np.arange(30) >= 20, 0.5, 0.002)), *three_ways(2, leaves, 0.0)]
+    found = results(measured, 30)
+    assert found["floor_holds_until_step"] == 19 and not found["holds"]
+    assert found["percent"]["fp8_v3"]["largest_gap_while_floor_holds"] == pytest.approx(0.2)
+    assert results(three_ways(1, 0.0005, 0.002), 30)["floor_holds_until_step"] == 30
+    at_once = results(three_ways(1, 0.01, 0.002), 30)
+    assert at_once["floor_holds_until_step"] == 6
+    assert at_once["percent"]["fp8_v3"]["largest_gap_while_floor_holds"] == 0.0
+
+
 def test_a_loss_that_is_not_finite_does_not_hold():
     assert not results(three_ways(1, 0.0, float("nan")), 30)["holds"]
 
@@ -109,6 +122,7 @@ def test_the_recipe_s_schedule_stretches_with_the_steps():
 
     train = Recipe.load("experiments/fp8.yaml", []).sections["train"]
     assert train["learning_rate"] == learning_rate(train["steps"])
+    assert learning_rate(80, 5e-5)[1]["value"] == 5e-5
     assert [piece["until"] for piece in learning_rate(80)] == ["16 steps", "40 steps", "80 steps"]
 
 
