@@ -43,6 +43,12 @@ def lacks(plan: Plan, plugins: Plugins, processes: int) -> list[Problem]:
     return list(platform.problems(1)) or list(platform.problems(processes))
 
 
+def enough_here(plan: Plan, plugins: Plugins) -> None:
+    """Raise EnvironmentUnfit, before a process is started, where this machine lacks what all ranks need."""
+    for problem in lacks(plan, plugins, plan.run.world_size):
+        raise EnvironmentUnfit(f"{problem.message}: {problem.remedy}")
+
+
 def stand(plan: Plan, plugins: Plugins) -> tuple[Platform, torch.device]:
     """The platform of this process, and its device; what plugins need in the environment is there first.
 

@@ -40,10 +40,12 @@ def loop(recipe: str, overrides: tuple[str, ...], rounds: int, out: Path | None)
     if not rank.inside_torchrun():
         from dsplugins.environment import provide
         from dsplugins.plan import prepare
+        from dsplugins.process_group import enough_here
         from dsplugins.recipe import Recipe
 
         plugins, plan = prepare(Recipe.load(recipe, overrides))
         provide(plugins)
+        enough_here(plan, plugins)
         from dsplugins.launcher import run_local
 
         more = ["--out", str(out)] if out else []

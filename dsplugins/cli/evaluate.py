@@ -46,7 +46,7 @@ def command(run: Path, overrides: tuple[str, ...], step: int | None, as_json: bo
 
 def _all_ranks(recipe: Recipe, arguments: list[str]) -> None:
     """Start the ranks on this machine; their code is this process's."""
-    from dsplugins import environment
+    from dsplugins import environment, process_group
     from dsplugins.cli import exits
     from dsplugins.contracts import Problem, RecipeError
     from dsplugins.plan import prepare
@@ -57,6 +57,7 @@ def _all_ranks(recipe: Recipe, arguments: list[str]) -> None:
         problem = Problem(said, "evaluate.sequences", "give evaluate.sequences=64 on the command line")
         raise RecipeError(recipe.located([problem]))
     environment.provide(plugins)
+    process_group.enough_here(plan, plugins)
     from dsplugins.launcher import run_local
 
     outcome = run_local(plan.run.world_size, arguments)

@@ -88,7 +88,6 @@ def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
 def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) -> None:
     """Start the ranks on this machine and wait for them; their code is this process's."""
     from dsplugins import environment, process_group
-    from dsplugins.contracts import EnvironmentUnfit
     from dsplugins.rundir import RunDirectory
 
     plugins, plan = prepared(recipe)
@@ -96,8 +95,7 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
     if _complete(run, recipe, plugins, fresh, accept):
         return
     environment.provide(plugins)
-    for problem in process_group.lacks(plan, plugins, world_size):
-        raise EnvironmentUnfit(f"{problem.message}: {problem.remedy}")
+    process_group.enough_here(plan, plugins)
     from dsplugins.launcher import run_local
 
     with run.held():
