@@ -21,6 +21,7 @@ def poisoned(folder, policy):
     from dsplugins.rundir import RunDirectory
     from dsplugins.show import Display
     from dsplugins.train import Loop
+    from dsplugins.wishes import Wishes
 
     class Loops(Loop):
         def _finish(self, done):
@@ -42,7 +43,7 @@ def poisoned(folder, policy):
         object.__setattr__(run, "forward_backward", third_is_harmed)
         loaded = Recipe.load(str(Path(__file__).parent / "tiny.yaml"), [])
         before = [p.detach().clone() for p in model.parameters()]
-        Loop.__init__(loop := Loops.__new__(Loops), run, RunDirectory(Path(folder)), Display(speaks=False))
+        loop = Loops(run, RunDirectory(Path(folder)), Display(speaks=False), Wishes())
         loop.run(loaded)
         after = list(model.parameters())
         assert all(bool(p.isfinite().all()) for p in after)

@@ -64,8 +64,9 @@ def fp8(
     with folder(kept, "fp8") as where:
         planned = list(experiment.runs(steps, seeds, overrides, why=why, peak=peak))
         train_all([run for _, _, run in planned], where, jobs)
+        at_once = experiment.direct(where)
         measured = [experiment.measure(way, seed, where / run.name) for way, seed, run in planned]
-    found = experiment.results(measured, steps, overrides)
+    found = {**experiment.results(measured, steps, overrides), "direct": at_once}
     name = "fp8_why" if why else "fp8"
     line = ["dsplugins", "experiment", "fp8", "--steps", str(steps), "--seeds", str(seeds)]
     line += ["--peak", f"{peak:g}"] if peak != experiment.PEAK else []
@@ -97,6 +98,7 @@ def _page(found: dict[str, Any], path: Path) -> str:
             f"relative difference from bf16, smoothed losses of steps {first} to {last}:",
             columns(rows),
             f"the floor holds to step {until}: beyond it BF16 differs from itself by more than it may",
+            f"the weights of BF16, evaluated in FP8 instead: {found['direct']['percent']:+.3f} %",
             "",
             f"the claim {verdict}; {path} and {path.stem}.png beside it",
         ]

@@ -4,7 +4,8 @@ The same seeds and data: BF16; its twin, whose weights start one unit in the las
 The twin is the floor: nothing that differs less than BF16 from itself is a finding. The report's claim is a
 relative difference of smoothed losses below 0.25 % (arXiv 2412.19437, B.1). Three more ways ask why: a rough
 twin, whose weights start as far away as rounding to E4M3 takes them, tells how far a push of FP8's size takes
-a run that stays in BF16; `fp8_v3` with only some of the products rounded, which rounding costs what.
+a run that stays in BF16; `fp8_v3` with only some of the products rounded, which rounding costs what. And the
+weights that BF16 has learned, evaluated in FP8, tell what rounding costs at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsplugins.experiments.runs import Run, metrics, validation_loss
+from dsplugins.experiments.runs import Run, evaluated, metrics, validation_loss
 
 RECIPE = "experiments/fp8.yaml"
 BASE = "bf16"
@@ -36,6 +37,8 @@ LIMITS = {"twin": 0.001, "fp8_v3": 0.0025}
 claim to hold; the other ways explain it."""
 PEAK = 1.0e-4
 """Of the learning rate."""
+SEQUENCES = 256
+"""That `direct` looks at."""
 DECAY = 0.9
 """Of the moving average that smooths losses."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -66,7 +69,8 @@ def runs(
     for seed in range(1, seeds + 1):
         counted = (f"train.steps={steps}", f"train.seed={seed}")
         for way, change in ways.items():
-            yield way, seed, Run(f"{way}_{seed}", RECIPE, (schedule, *overrides, *counted, *change))
+            saved = ("save.at_end=true",) if (way, seed) == (BASE, 1) else ()  # for `direct`
+            yield way, seed, Run(f"{way}_{seed}", RECIPE, (schedule, *overrides, *counted, *change, *saved))
 
 
 def learning_rate(steps: int, peak: float = PEAK) -> list[dict[str, Any]]:
@@ -82,6 +86,14 @@ def measure(way: str, seed: int, directory: Path) -> Measured:
     """The numbers of the complete run in `directory`."""
     losses = np.array([row["loss"] for row in metrics(directory)])
     return Measured(way, seed, losses, validation_loss(directory))
+
+
+def direct(folder: Path) -> dict[str, Any]:
+    """What FP8 costs at once: the weights of the first seed's BF16, evaluated as they are and in FP8."""
+    looks = {way: (f"evaluate.sequences={SEQUENCES}", *WAYS[way]) for way in (BASE, "fp8_v3")}
+    losses = {way: evaluated(folder / f"{BASE}_1", look) for way, look in looks.items()}
+    percent = 100 * (losses["fp8_v3"] / losses[BASE] - 1)
+    return {"seed": 1, "sequences": SEQUENCES, "validation_loss": losses, "percent": round(percent, 4)}
 
 
 def warm_up(steps: int) -> int:

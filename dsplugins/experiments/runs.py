@@ -100,6 +100,16 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def evaluated(directory: Path, overrides: Sequence[str]) -> float:
+    """Nats a token of a run's newest checkpoint, by `dsplugins evaluate` with overrides. Raises RunFailed."""
+    line = [sys.executable, "-m", "dsplugins", "evaluate", str(directory), "--json", *overrides]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = "\n".join(done.stderr.splitlines()[-TOLD:])
+        raise RunFailed(f"{directory.name}, evaluated,", done.returncode, told)
+    return float(json.loads(done.stdout)["loss"])
+
+
 def metrics(directory: Path) -> list[dict[str, Any]]:
     """Rows of a complete run's `metrics.jsonl`, one a step."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

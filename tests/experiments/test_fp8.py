@@ -101,6 +101,8 @@ def test_ways_differ_in_nothing_else():
     assert len(found) == 12 and not any(recipe.problems for recipe in found.values())
     for seed in (1, 2):
         base, twin, quantised, rough, *parts = (found[way, seed] for way in WAYS)
+        assert base.sections["save"] == {**twin.sections["save"], "at_end": seed == 1}
+        base.sections["save"] = twin.sections["save"]
         assert base.sections["train"]["seed"] == seed and base.sections["train"]["log_every"] == 3
         assert twin.sections == {**base.sections, "train": {**base.sections["train"], "twin": True}}
         assert twin.plugins == base.plugins and quantised.sections == base.sections
@@ -150,6 +152,14 @@ def test_what_a_run_left_is_read(tmp_path):
     assert found.losses.tolist() == [3.5, 3.25] and found.validation_loss == 2.25
 
 
+def test_a_run_is_evaluated_or_why_not_is_told(tmp_path):
+    from dsplugins.experiments.runs import RunFailed, evaluated
+
+    with pytest.raises(RunFailed, match="(?s)none, evaluated, ended with code 2.*holds no run") as told:
+        evaluated(tmp_path / "none", [])
+    assert told.value.code == 2
+
+
 def test_the_picture(tmp_path):
     draw([*three_ways(1, 1e-4, 1e-3), *three_ways(2, -1e-4, -1e-3)], tmp_path / "a" / "b.png")
     assert (tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
@@ -161,6 +171,7 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
 
     from dsplugins.cli import experiment_runs, fp8
     from dsplugins.cli.experiment import command
+    from dsplugins.experiments import fp8 as experiment
 
     def pretend(planned, where, jobs):
         for run in planned:
@@ -171,7 +182,14 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
             (folder / "metrics.jsonl").write_text("".join(rows))
             (folder / "run.json").write_text(json.dumps({"evaluation": {"loss": 2.0}}))
 
+    looks = []
+
+    def look(folder, overrides):
+        looks.append((folder.name, *overrides))
+        return 2.0 + 0.002 * (len(overrides) > 1)
+
     monkeypatch.setattr(fp8, "train_all", pretend)
+    monkeypatch.setattr(experiment, "evaluated", look)
     assert experiment_runs.train_all is not pretend
     done = CliRunner().invoke(command, ["fp8", "--steps", "30", "--out", str(tmp_path)])
     assert done.exit_code == 0 and "the claim holds" in done.output
@@ -180,6 +198,9 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
     assert record["command"] == "dsplugins experiment fp8 --steps 30 --seeds 3"
     assert (tmp_path / "fp8.png").exists()
     assert [*record["results"]["percent"]] == [*LIMITS]
+    assert record["results"]["direct"]["percent"] == pytest.approx(0.1)
+    plain = ("bf16_1", "evaluate.sequences=256")
+    assert looks == [plain, (*plain, *WAYS["fp8_v3"])]
     done = CliRunner().invoke(command, ["fp8", "--why", "--steps", "30", "--out", str(tmp_path)])
     assert done.exit_code == 0 and "fp8_why.png beside it" in done.output
     record = json.loads((tmp_path / "fp8_why.json").read_text())
