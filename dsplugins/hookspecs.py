@@ -1,8 +1,9 @@
 """Every hook, in the order a run calls them. Read this file first.
 
 A plugin is one class with any of these as methods, marked `@hookimpl`, made with its options as its
-only argument. Arguments are asked for by name: leave out what you don't need. *Slots* have exactly
-one owner and return a part; *events* may have many listeners and return what they collected.
+only argument, or with none where it declares no `Options`. Arguments are asked for by name: leave out
+what you don't need. *Slots* have exactly one owner and return a part; *events* may have many listeners
+and return what they collected.
 
 No hook runs inside forward or backward: slots are resolved once, before training; events run at most
 once a step. Import torch and megatron inside hook bodies, never at the top of the module.

@@ -239,7 +239,8 @@ def make(offer: Offer, values: Mapping[str, Any], problems: list[Problem]) -> Ch
         plugin = cls(options) if option_class is not None else cls()
     except Exception as error:
         said = f"{key}: could not be made: {type(error).__name__}: {error}"
-        problems.append(Problem(said, key, "check its options"))
+        bare = "a class without Options is made without arguments: declare them, or take none"
+        problems.append(Problem(said, key, "check its options" if option_class is not None else bare))
         return None
     bad_hooks = list(_hook_faults(offer, plugin))
     problems += bad_hooks
@@ -262,9 +263,15 @@ def _contract_faults(cls: type, key: str) -> list[Problem]:
 
 
 def _hook_faults(offer: Offer, plugin: object) -> Iterable[Problem]:
-    """Only known hooks, the right arguments, the slot's hook present, no other slot's, no ordering."""
+    """Only known hooks, marked, the right arguments, the slot's hook and no other slot's, no ordering."""
     key = f"plugins.{offer.name}"
     filled = dict(_implementations(plugin))
+    unmarked = [name for name in dir(type(plugin)) if name.startswith("ds_") and name not in filled]
+    for name in unmarked:
+        said = f"{key}: {name} isn't marked as a hook, and would never be called"
+        yield Problem(said, key, "put @hookimpl, of dsplugins.hookspecs, above it")
+    if not filled and not unmarked and offer.slot == "event":
+        yield Problem(f"{key}: fills no hook", key, "tell its author: docs/reference/hooks.md lists them")
     slot_hooks = {f"ds_{slot}" for slot in SLOTS}
     own = f"ds_{offer.slot}"
     if offer.slot != "event" and own not in filled:
@@ -272,7 +279,14 @@ def _hook_faults(offer: Offer, plugin: object) -> Iterable[Problem]:
     for hook, options in filled.items():
         spec = getattr(hookspecs, hook, None)
         if spec is None:
-            yield Problem(f"{key}: there is no hook {hook}", key, "tell its author")
+            near = difflib.get_close_matches(
+                hook, [name for name in dir(hookspecs) if name.startswith("ds_")], n=1
+            )
+            yield Problem(
+                f"{key}: there is no hook {hook}",
+                key,
+                f"did you mean {near[0]}?" if near else "tell its author",
+            )
             continue
         if hook in slot_hooks and hook != own:
             yield Problem(f"{key}: fills {hook}, which is the hook of another slot", key, "tell its author")
@@ -281,6 +295,9 @@ def _hook_faults(offer: Offer, plugin: object) -> Iterable[Problem]:
         if options.get("wrapper") or options.get("hookwrapper"):
             yield Problem(f"{key}: {hook}: a wrapper would be a second owner", key, "tell its author")
         allowed = set(inspect.signature(spec).parameters)
+        function = inspect.getattr_static(type(plugin), hook)
+        if inspect.isfunction(function) and next(iter(inspect.signature(function).parameters), "") in allowed:
+            yield Problem(f"{key}: {hook} has no self before its arguments", key, "tell its author")
         extra = set(inspect.signature(getattr(plugin, hook)).parameters) - allowed
         if extra:
             said = f"{key}: {hook} asks for {', '.join(sorted(extra))}; it may ask for {', '.join(allowed)}"

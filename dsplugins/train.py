@@ -6,6 +6,7 @@ and at most once a step after it.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -319,7 +320,15 @@ def as_row(step: Step, seq_length: int) -> dict[str, Any]:
 
 
 def add(row: dict[str, Any], name: str, more: Mapping[str, Any]) -> None:
-    """Put what plugin `name` returned into a step's row. Raises HookFailure for a key that is there."""
+    """Put what plugin `name` returned into a step's row.
+
+    Raises HookFailure for a key that is there, and for what JSON can't hold.
+    """
+    try:
+        json.dumps(dict(more))
+    except (TypeError, ValueError) as error:
+        said = TypeError(f"metrics.jsonl takes a mapping of names to plain numbers or text: {error}")
+        raise HookFailure(name, "ds_step_end", said) from said
     for key, value in more.items():
         if key in row:
             taken = ValueError(f"metrics.jsonl has {key!r} already, from the loop or another plugin")
