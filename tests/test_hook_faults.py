@@ -74,9 +74,7 @@ def test_what_a_step_can_not_hold_names_the_plugin(returned):
     from dsplugins.manager import HookFailure
     from dsplugins.train import add
 
-    with pytest.raises(
-        HookFailure, match="mine failed in ds_step_end: TypeError: metrics.jsonl takes"
-    ):
+    with pytest.raises(HookFailure, match="mine failed in ds_step_end: TypeError: metrics.jsonl takes"):
         add({}, "mine", returned)
 
 
