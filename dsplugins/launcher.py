@@ -34,7 +34,8 @@ GRACE = 20
 """Seconds between SIGTERM and SIGKILL for ranks that are left."""
 PERIOD = 0.05
 """Seconds between two looks at the ranks."""
-PATIENCE = "stopping: the step in progress is finished and saved; Ctrl-C again ends the run at once"
+PATIENCE = "asked to stop: a run finishes its step and saves; Ctrl-C again ends all ranks at once"
+"""Said at the first Ctrl-C."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
