@@ -44,6 +44,20 @@ def scale_of(
 
 
 @triton.jit
+def program_tiles(
+    tokens: tl.tensor, channels: tl.tensor, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """This program's BLOCK tiles of a matrix [tokens, channels]: their tokens, the tile's number in each row,
+    where its numbers lie, and which of them are there.
+    """
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(1)
+    channel = tile * TILE + tl.arange(0, TILE)
+    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
+    return token, tile, token[:, None] * channels + channel[None, :], inside
+
+
+@triton.jit
 def rows_kernel(
     x: tl.tensor,
     codes: tl.tensor,
@@ -55,11 +69,7 @@ def rows_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """x [tokens, channels] -> codes of the same shape; scales [tiles, tokens]. A program: BLOCK tiles."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tile = tl.program_id(1)
-    channel = tile * TILE + tl.arange(0, TILE)
-    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
-    at = token[:, None] * channels + channel[None, :]
+    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(magnitude(values), axis=1), smallest, POWER_OF_TWO)
     tl.store(codes + at, tl.div_rn(values, scale[:, None]).to(tl.float8e4nv), mask=inside)
@@ -80,11 +90,8 @@ def swiglu_rows_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """`rows_kernel` of silu(gate) * up * probs; inner [tokens, 2 * channels], gate first, probs [tokens]."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tile = tl.program_id(1)
-    channel = tile * TILE + tl.arange(0, TILE)
-    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
-    source = inner + token[:, None] * (2 * channels) + channel[None, :]
+    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
+    source = inner + at + token[:, None] * channels  # rows are twice as long there
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + channels, mask=inside, other=0.0).to(tl.float32)
     values = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
@@ -92,7 +99,6 @@ def swiglu_rows_kernel(
         values *= tl.load(probs + token, mask=token < tokens, other=0.0).to(tl.float32)[:, None]
     values = values.to(inner.dtype.element_ty).to(tl.float32)
     scale = scale_of(tl.max(magnitude(values), axis=1), smallest, POWER_OF_TWO)
-    at = token[:, None] * channels + channel[None, :]
     tl.store(codes + at, tl.div_rn(values, scale[:, None]).to(tl.float8e4nv), mask=inside)
     tl.store(scales + tile * tokens + token, scale, mask=token < tokens)
 
@@ -202,11 +208,7 @@ def e5m6_pack_kernel(
 
     Two numbers are three bytes, the first one in the low bits. A program: BLOCK tiles.
     """
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tile = tl.program_id(1)
-    channel = tile * TILE + tl.arange(0, TILE)
-    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
-    at = token[:, None] * channels + channel[None, :]
+    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(magnitude(values), axis=1), smallest, True, E5M6_TOP)
     code = e5m6_code(tl.div_rn(values, scale[:, None]))
@@ -233,8 +235,7 @@ def e5m6_unpack_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """The way back of `e5m6_pack_kernel`, into y [tokens, channels]; strides are those of `scales`."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tile = tl.program_id(1)
+    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
     pair = tile * (TILE // 2) + tl.arange(0, TILE // 2)
     pairs = (channels + 1) // 2
     there = packed + token[:, None] * (3 * pairs) + 3 * pair[None, :]
@@ -245,7 +246,4 @@ def e5m6_unpack_kernel(
     code = tl.interleave(three & 0xFFF, three >> 12)
     values = (code << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     scale = tl.load(scales + token * token_stride + tile * tile_stride, mask=token < tokens, other=0.0)
-    channel = tile * TILE + tl.arange(0, TILE)
-    inside = (token[:, None] < tokens) & (channel[None, :] < channels)
-    at = token[:, None] * channels + channel[None, :]
     tl.store(y + at, (values * scale[:, None]).to(y.dtype.element_ty), mask=inside)
