@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import audit, model, process_group, routers, settings
-from dsplugins.contracts import EnvironmentUnfit, Plan, Problem, RecipeError, Settings
+from dsplugins import audit, blame, model, process_group, routers, settings
+from dsplugins.contracts import Plan, Problem, RecipeError, Settings
 from dsplugins.finalize import GradientChain, gradients_finite
-from dsplugins.manager import HookFailure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +58,8 @@ def assemble(
     _check_data(plan, settled, data)
     model.start_groups(plan.layout, plan.train.seed, plan.run.timeout_minutes)
     schedule = plugins.slot("schedule", plan=plan)
-    chunks = _built(plan, settled, plugins, device)
+    with blame.built_with(plugins):
+        chunks = model.build(plan, settled, plugins, device)
     plugins.event("ds_model_built", plan=plan, settings=settled, chunks=chunks)
     optimizer = plugins.slot("optimizer", config=settled.optimizer, chunks=chunks)
     balance = routers.Balance(settled.model, chunks)
@@ -109,17 +109,6 @@ def _wire(settled: Settings, chunks: list[Any], optimizer: Any, chain: GradientC
 def _each(calls: list[Callable[..., Any]]) -> Any:
     """As core's schedules want them: a list where there are several chunks, else the one call."""
     return calls if len(calls) > 1 else calls[0]
-
-
-def _built(plan: Plan, settled: Settings, plugins: Plugins, device: torch.device) -> list[Any]:
-    """This rank's chunks. What megatron-core raises tells which parts are not from this package, too."""
-    try:
-        return model.build(plan, settled, plugins, device)
-    except Exception as error:
-        known = isinstance(error, RecipeError | EnvironmentUnfit | HookFailure)
-        if not known and (guests := plugins.guests()):
-            error.add_note(f"while the model was built, with parts by {', '.join(guests)}")
-        raise
 
 
 def _check_data(plan: Plan, settled: Settings, data: Data) -> None:

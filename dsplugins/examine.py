@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import changes, process_group
+from dsplugins import blame, changes, process_group
 from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.plan import prepare
 from dsplugins.quiet import quiet
@@ -35,9 +35,10 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
     from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
     from dsplugins.evaluate import evaluate
 
-    run = assemble(recipe, plan, plugins, platform, device)
-    path, done, told = _load_weights(run, directory / "checkpoints", step)
-    evaluation = evaluate(run, done)
+    with blame.named(plugins):
+        run = assemble(recipe, plan, plugins, platform, device)
+        path, done, told = _load_weights(run, directory / "checkpoints", step)
+        evaluation = evaluate(run, done)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return {

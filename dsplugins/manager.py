@@ -21,6 +21,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from dsplugins import hookspecs
 from dsplugins.contracts import CONTRACT, SLOTS, Problem, RecipeError
 from dsplugins.environment import contradictions
+from dsplugins.failures import HookFailure
 from dsplugins.typed import build
 
 if TYPE_CHECKING:
@@ -77,14 +78,6 @@ class Chosen:
     def slot(self) -> str:
         """Slot it owns, or `event`."""
         return self.offer.slot
-
-
-class HookFailure(RuntimeError):
-    """A plugin raised inside a hook; says which plugin and which hook."""
-
-    def __init__(self, plugin: str, hook: str, error: BaseException) -> None:
-        self.plugin, self.hook = plugin, hook
-        super().__init__(f"plugin {plugin} failed in {hook}: {type(error).__name__}: {error}")
 
 
 class Plugins:

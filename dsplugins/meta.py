@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsplugins.contracts import EnvironmentUnfit, Problem, RecipeError
+from dsplugins.failures import PluginFailure
 
 if TYPE_CHECKING:
     from dsplugins.contracts import Plan, Settings
@@ -29,7 +31,11 @@ def main() -> None:
 
 
 def answer(path: str, overrides: list[str]) -> dict[str, Any]:
-    """What there is to say: `problems`, of both kinds, and `built` where there is none with the recipe."""
+    """What there is to say: `problems`, of both kinds, and `built` where there is none with the recipe.
+
+    Where a plugin's own code fails, `failed` says which, in one line, and `calls` has the traceback.
+    """
+    from dsplugins import blame
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
 
@@ -38,7 +44,10 @@ def answer(path: str, overrides: list[str]) -> dict[str, Any]:
     built = None
     try:
         plugins, plan = prepare(recipe)
-        built = build(recipe, plan, plugins, problems)
+        with blame.named(plugins):
+            built = build(recipe, plan, plugins, problems)
+    except PluginFailure as error:
+        return {"failed": error.said(), "calls": "".join(traceback.format_exception(error))}
     except RecipeError as error:
         problems += error.problems
     except EnvironmentUnfit as error:

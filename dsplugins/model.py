@@ -14,6 +14,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -23,9 +24,10 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from dsplugins import weights
+from dsplugins.failures import HookFailure, PluginFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dsplugins.contracts import DispatcherFactory, ExpertsFactory, Layout, Plan, RouterFactory, Settings
     from dsplugins.manager import Plugins
@@ -50,6 +52,14 @@ class HostMoELayer(MoELayer):
         )
 
 
+FACTORIES: dict[str, type] = {
+    "router": torch.nn.Module,
+    "experts": torch.nn.Module,
+    "dispatcher": MoETokenDispatcher,
+}
+"""Slot whose part is a factory -> what that makes."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the slots gave for one model."""
@@ -59,20 +69,48 @@ class Parts:
     router: RouterFactory | None
     experts: ExpertsFactory | None
     dispatcher: DispatcherFactory | None
+    owners: Mapping[str, str]
+    """Slot -> name of the plugin that gave its part."""
 
 
 def collect(plan: Plan, settings: Settings, plugins: Plugins) -> Parts:
-    """Ask the slots, from the inside out."""
+    """Ask the slots, from the inside out. Raises HookFailure for what can't be one."""
     ask = partial(plugins.slot, plan=plan, config=settings.model)
     backend = ask("precision", backend=ask("backend"))
     moe = settings.model.num_moe_experts is not None
-    return Parts(
+    parts = Parts(
         backend=backend,
         attention=ask("attention", backend=backend),
         router=ask("router") if moe else None,
         experts=ask("experts", backend=backend) if moe else None,
         dispatcher=ask("dispatcher") if moe else None,
+        owners=plugins.slots,
     )
+    if not isinstance(parts.attention, ModuleSpec):
+        raise _not_a(parts, "attention", parts.attention, "ModuleSpec")
+    for slot in FACTORIES if moe else ():
+        if not callable(getattr(parts, slot)):
+            raise _not_a(parts, slot, getattr(parts, slot), "factory")
+    return parts
+
+
+def _not_a(parts: Parts, slot: str, got: object, wanted: str) -> HookFailure:
+    said = TypeError(f"gave {type(got).__name__}, not a {wanted}")
+    return HookFailure(parts.owners[slot], f"ds_{slot}", said)
+
+
+def _making(parts: Parts, slot: str) -> Callable[..., Any]:
+    """The slot's factory; what it makes is looked at, before megatron-core stumbles over it."""
+    factory = getattr(parts, slot)
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        made = factory(*args, **kwargs)
+        if not isinstance(made, FACTORIES[slot]):
+            got = f"its factory made {type(made).__name__}, not a {FACTORIES[slot].__name__}"
+            raise PluginFailure(f"plugin {parts.owners[slot]} failed in ds_{slot}: {got}")
+        return made
+
+    return make
 
 
 def layer_spec(parts: Parts, moe: bool) -> ModuleSpec:
@@ -114,11 +152,11 @@ def _moe(parts: Parts) -> Any:
     return partial(
         HostMoELayer,
         submodules=MoESubmodules(
-            experts=parts.experts,
+            experts=_making(parts, "experts"),
             shared_experts=partial(shared, submodules=_mlp_submodules(parts)),
-            router=parts.router,
+            router=_making(parts, "router"),
         ),
-        dispatcher=parts.dispatcher,
+        dispatcher=_making(parts, "dispatcher"),
     )
 
 

@@ -167,7 +167,7 @@ class RunDirectory:
         """Remove the run that is here, and nothing else."""
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
-        for name in ("plots", "tensorboard", *(["not_finite"] if dumps else [])):
+        for name in ("plots", "tensorboard", "calls", *(["not_finite"] if dumps else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _rewind(self, step: int) -> None:
@@ -222,6 +222,16 @@ class RunDirectory:
                     return there
                 self._write_status(mine)
         return mine
+
+    def keep_calls(self, text: str) -> Path | None:
+        """Leave the traceback of this rank's failure in `calls/rank-N.txt`; None where that can't be."""
+        try:
+            (self.path / "calls").mkdir(parents=True, exist_ok=True)
+            name = f"calls/rank-{rank.number() or 0}.txt"
+            self._put(name, text)
+        except OSError:  # the failure itself is told all the same
+            return None
+        return self.path / name
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
         """Whole or not at all."""

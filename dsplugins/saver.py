@@ -18,7 +18,7 @@ import torch.distributed as dist
 from dsplugins.checkpoint import store
 from dsplugins.checkpoint.pieces import Piece, optimizer_steps, pieces, set_optimizer_steps
 from dsplugins.contracts import EnvironmentUnfit
-from dsplugins.manager import HookFailure
+from dsplugins.failures import HookFailure
 from dsplugins.model import gather_weights
 from dsplugins.rundir import versions
 from dsplugins.step import Progress

@@ -16,9 +16,9 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import changes, environment, process_group, rank
+from dsplugins import blame, changes, environment, process_group, rank
 from dsplugins.contracts import EnvironmentUnfit, Evaluation, RunEnd, Step, Train
-from dsplugins.manager import HookFailure
+from dsplugins.failures import HookFailure
 from dsplugins.plan import prepare
 from dsplugins.quiet import quiet
 from dsplugins.rundir import RunDirectory, versions
@@ -48,7 +48,7 @@ def train(recipe: Recipe, fresh: bool = False) -> None:
         from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
 
         directory = RunDirectory(Path(plan.run.directory))
-        with _alone(directory), Wishes().heard() as wishes:
+        with _alone(directory), Wishes().heard() as wishes, blame.named(plugins):
             run = assemble(recipe, plan, plugins, platform, device)
             Loop(run, directory, display, wishes).run(recipe, fresh)
     finally:

@@ -71,7 +71,7 @@ def test_what_is_forgotten_is_said(cls):
 
 @pytest.mark.parametrize("returned", [3.0, {"x": object()}, [1]])
 def test_what_a_step_can_not_hold_names_the_plugin(returned):
-    from dsplugins.manager import HookFailure
+    from dsplugins.failures import HookFailure
     from dsplugins.train import add
 
     with pytest.raises(HookFailure, match="mine failed in ds_step_end: TypeError: metrics.jsonl takes"):

@@ -18,7 +18,7 @@ from dsplugins import rundir
 from dsplugins.cli import exits
 from dsplugins.cli.train import _fail
 from dsplugins.contracts import EnvironmentUnfit
-from dsplugins.manager import HookFailure
+from dsplugins.failures import HookFailure
 from dsplugins.rundir import Occupied, RunDirectory
 
 
@@ -131,7 +131,7 @@ def test_what_follows_from_another_ranks_failure_is_one_line(left):
 
 
 def test_a_plugins_number_never_takes_the_place_of_another():
-    from dsplugins.manager import HookFailure
+    from dsplugins.failures import HookFailure
     from dsplugins.train import add
 
     row = {"loss": 1.0}

@@ -159,7 +159,7 @@ def test_an_old_checkpoint_that_cannot_go_ends_nothing(writes, monkeypatch):
 
 
 def test_state_that_json_cannot_hold_is_its_plugins_fault(writes):
-    from dsplugins.manager import HookFailure
+    from dsplugins.failures import HookFailure
     from dsplugins.step import Progress
 
     saver, asked, _ = writes

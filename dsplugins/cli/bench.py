@@ -58,7 +58,7 @@ def loop(recipe: str, overrides: tuple[str, ...], rounds: int, out: Path | None)
 
 
 def _loop(recipe: str, overrides: tuple[str, ...], rounds: int) -> Timed:
-    from dsplugins import process_group
+    from dsplugins import blame, process_group
     from dsplugins.plan import prepare
     from dsplugins.quiet import quiet
     from dsplugins.recipe import Recipe
@@ -70,7 +70,8 @@ def _loop(recipe: str, overrides: tuple[str, ...], rounds: int) -> Timed:
     from dsplugins.assemble import assemble
     from dsplugins.bench.loop import measure
 
-    return measure(assemble(loaded, plan, plugins, platform, device), rounds)
+    with blame.named(plugins):
+        return measure(assemble(loaded, plan, plugins, platform, device), rounds)
 
 
 @command.command("huggingface")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -48,8 +49,11 @@ def command(recipe: str, overrides: tuple[str, ...], here: bool, as_json: bool) 
 
 
 def _findings(recipe: str, overrides: Sequence[str], here: bool) -> dict[str, Any]:
-    """What this process finds, and its children: problems, plan, stages, counts, machine."""
-    from dsplugins.cli import child
+    """What this process finds, and its children: problems, plan, stages, counts, machine.
+
+    Raises ChildFailed where one of them crashed, or a plugin in it.
+    """
+    from dsplugins.cli import child, exits
     from dsplugins.contracts import Problem, RecipeError
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
@@ -62,6 +66,9 @@ def _findings(recipe: str, overrides: Sequence[str], here: bool) -> dict[str, An
         return found | _with(error.problems)
     machine = child.start("dsplugins.cli.here", request) if here else None
     meta = child.start("dsplugins.meta", request, without_gpu=True).answer()
+    if "failed" in meta:
+        calls = f"\n{meta['calls']}" if exits.DEBUG in os.environ else " (dsplugins --debug shows the calls)"
+        raise child.ChildFailed(f"{meta['failed']}{calls}")
     problems = [Problem(**fields) for fields in meta.pop("problems")]
     found |= _plan(plan) | (meta.pop("built") or {})
     if machine:

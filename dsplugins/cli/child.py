@@ -18,7 +18,7 @@ LAST_LINES = 12
 
 
 class ChildFailed(RuntimeError):
-    """A child process ended without an answer; the message has its last lines."""
+    """A child process ended without an answer; the message says why, or has its last lines."""
 
 
 class Child:

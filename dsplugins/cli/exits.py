@@ -6,7 +6,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CODES = {
     0: "done",
@@ -50,10 +53,13 @@ def code_of(error: BaseException) -> int:
     return 4 if isinstance(error, EnvironmentUnfit) else 1
 
 
-def message_of(error: Exception) -> str:
-    """What a person is told: every problem, or one line for a plugin's failure, or where we crashed."""
+def message_of(error: Exception, calls: Path | None = None) -> str:
+    """What a person is told: every problem, or one line for a plugin's failure, or where we crashed.
+
+    `calls` is the file that holds the traceback, if there is one.
+    """
     from dsplugins.contracts import EnvironmentUnfit, RecipeError
-    from dsplugins.manager import HookFailure
+    from dsplugins.failures import PluginFailure
     from dsplugins.wishes import Stopped
 
     if isinstance(error, Stopped):
@@ -67,15 +73,22 @@ def message_of(error: Exception) -> str:
         return render(error.problems)
     if isinstance(error, EnvironmentUnfit):
         return f"this machine can't run it: {error}"
-    if isinstance(error, HookFailure) and DEBUG not in os.environ:
-        return f"{reason_of(error)} (dsplugins --debug shows the calls)"
-    return f"{''.join(traceback.format_exception(error))}{_rank()}{error}"
+    if isinstance(error, PluginFailure) and DEBUG not in os.environ:
+        return (
+            f"{reason_of(error)} ({f'all calls: {calls}' if calls else 'dsplugins --debug shows the calls'})"
+        )
+    return f"{calls_of(error)}{_rank()}{error}"
+
+
+def calls_of(error: BaseException) -> str:
+    """The whole traceback, with those of its causes."""
+    return "".join(traceback.format_exception(error))
 
 
 def reason_of(error: BaseException) -> str:
     """The same in one line, as `status.json` holds it."""
     from dsplugins.contracts import EnvironmentUnfit, RecipeError
-    from dsplugins.manager import HookFailure
+    from dsplugins.failures import PluginFailure
     from dsplugins.wishes import Stopped
 
     if isinstance(error, RecipeError):
@@ -85,25 +98,14 @@ def reason_of(error: BaseException) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, (EnvironmentUnfit, Stopped)):  # true of all ranks
         return said
-    if isinstance(error, HookFailure):
-        return f"{_rank()}{said}{_place(error.__cause__)}"
+    if isinstance(error, PluginFailure):
+        return f"{_rank()}{error.said()}"
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{_rank()}{type(error).__name__}: {said}{notes}"
 
 
 def _rank() -> str:
     return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-
-
-def _place(cause: BaseException | None) -> str:
-    """` at FILE:LINE`: the last line that ran in the plugin's own folder."""
-    # The first frame is the host's, which called the hook.
-    frames = traceback.extract_tb(cause.__traceback__)[1:] if cause else []
-    if not frames:
-        return ""
-    folder = os.path.dirname(frames[0].filename)
-    own = [frame for frame in frames if os.path.dirname(frame.filename) == folder]
-    return f" at {own[-1].filename}:{own[-1].lineno}"
 
 
 def leave(code: int, message: str) -> NoReturn:

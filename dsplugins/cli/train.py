@@ -67,7 +67,7 @@ def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
     from dsplugins import rank
     from dsplugins.cli import exits
     from dsplugins.contracts import RecipeError
-    from dsplugins.manager import HookFailure
+    from dsplugins.failures import HookFailure
     from dsplugins.rundir import STOPPED, Occupied
 
     if isinstance(error, Occupied):
@@ -76,10 +76,11 @@ def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
         error = RecipeError(recipe.located(error.problems))
     code, reason = exits.code_of(error), exits.reason_of(error)
     stands = run.end(code, reason)
+    calls = run.keep_calls(exits.calls_of(error)) if code == 1 else None
     if code == STOPPED:
         exits.leave(code, exits.message_of(error) if not rank.number() else "")
     if stands["rank"] == rank.number() or isinstance(error, HookFailure):
-        exits.leave(code, exits.message_of(error))
+        exits.leave(code, exits.message_of(error, calls))
     if code in (3, 4):
         exits.leave(code, "" if stands["reason"] == reason else exits.message_of(error))
     exits.leave(code, f"{reason} (rank {stands['rank']} had failed before)")

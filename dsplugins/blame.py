@@ -1,0 +1,78 @@
+"""Whose code an error came out of where no hook was called: in a module's forward, in a backward pass."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from dsplugins.contracts import EnvironmentUnfit, RecipeError
+from dsplugins.failures import PluginFailure, failed
+from dsplugins.manager import OWN, Chosen
+from dsplugins.wishes import Stopped
+
+if TYPE_CHECKING:
+    from dsplugins.manager import Plugins
+
+SAID = (RecipeError, EnvironmentUnfit, PluginFailure, Stopped)
+"""Errors that tell by themselves what is wrong, and where."""
+
+
+@contextmanager
+def named(plugins: Plugins) -> Iterator[None]:
+    """What is raised in the code of a plugin from another package becomes a PluginFailure that names it."""
+    try:
+        yield
+    except SAID:
+        raise
+    except Exception as error:
+        failure = of_a_guest(error, plugins)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+@contextmanager
+def built_with(plugins: Plugins) -> Iterator[None]:
+    """What megatron-core raises while it builds tells which parts are of other packages."""
+    try:
+        yield
+    except SAID:
+        raise
+    except Exception as error:
+        if guests := plugins.guests():
+            error.add_note(f"while the model was built, with parts by {', '.join(guests)}")
+        raise
+
+
+def of_a_guest(error: BaseException, plugins: Plugins) -> PluginFailure | None:
+    """The failure of the plugin in whose package the last frame of `error` stands; None where none does."""
+    owners = _owners([item for item in plugins if item.offer.distribution != OWN])
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module = str(frame.f_globals.get("__name__", ""))
+        if near := owners.get(_top(module)):
+            made_there = [item for item in near if item.offer.entry_point.module == module]
+            names = " or ".join(item.name for item in made_there or near)
+            code = frame.f_code
+            return PluginFailure(failed(names, code.co_qualname, error), f"{code.co_filename}:{line}")
+    return None
+
+
+def _owners(guests: Sequence[Chosen]) -> dict[str, list[Chosen]]:
+    """Top-level module -> the plugins from its distribution, which may have several."""
+    owners: dict[str, list[Chosen]] = {}
+    installed = metadata.packages_distributions() if guests else {}
+    for item in guests:
+        tops = {top for top, names in installed.items() if item.offer.distribution in names}
+        for top in tops | {_top(item.offer.entry_point.module)}:
+            owners.setdefault(top, []).append(item)
+    return owners
+
+
+def _top(module: str) -> str:
+    return module.split(".", 1)[0]
+
+
+__all__ = ["built_with", "named", "of_a_guest"]

@@ -1,0 +1,193 @@
+"""Whoever wrote the code that failed is named, with the line, also where no hook was being called."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import forks
+import pytest
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+PARTS = """
+import torch
+from megatron.core.transformer.moe.router import Router
+from dsplugins.hookspecs import hookimpl
+
+class InForward(Router):
+    def __init__(self, config, pg_collection=None, is_mtp_layer=False):
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.register_buffer("local_tokens_per_expert", torch.zeros(config.num_moe_experts), persistent=False)
+
+    def routing(self, logits): ...
+
+    def forward(self, input, padding_mask=None):
+        return input.view(3, 5), None  # as many numbers as there never are
+
+class InInit(InForward):
+    def __init__(self, config, **kwargs):
+        raise ValueError("not that many experts")
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ArithmeticError("no way back")
+
+class Twice(torch.nn.Module):
+    def forward(self, *args, **kwargs):
+        return Double.apply(torch.ones(1, requires_grad=True))
+
+def failing():
+    Twice()().sum().backward()
+"""
+OFFERED = """
+from dsplugins.hookspecs import hookimpl
+
+class Forward:
+    @hookimpl
+    def ds_router(self, plan, config):
+        from parts_of_it import InForward
+        return InForward
+
+class Init:
+    @hookimpl
+    def ds_router(self, plan, config):
+        from parts_of_it import InInit
+        return InInit
+
+class NoModule:
+    @hookimpl
+    def ds_router(self, plan, config):
+        return lambda **kwargs: None
+
+class NoFactory:
+    @hookimpl
+    def ds_router(self, plan, config):
+        return 3
+
+class NoSpec:
+    @hookimpl
+    def ds_attention(self, plan, config, backend):
+        return 3
+
+class NoDispatcher:
+    @hookimpl
+    def ds_dispatcher(self, plan, config):
+        return lambda *args, **kwargs: None
+"""
+ENTRY_POINTS = """
+[dsplugins.router]
+in_forward = offered_by_it:Forward
+in_init = offered_by_it:Init
+no_module = offered_by_it:NoModule
+no_factory = offered_by_it:NoFactory
+[dsplugins.attention]
+no_spec = offered_by_it:NoSpec
+[dsplugins.dispatcher]
+no_dispatcher = offered_by_it:NoDispatcher
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A distribution of two modules, neither of which has its name."""
+    folder = tmp_path_factory.mktemp("site")
+    information = folder / "somebodys-0.3.dist-info"
+    information.mkdir()
+    (folder / "parts_of_it.py").write_text(PARTS)
+    (folder / "offered_by_it.py").write_text(OFFERED)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys\nVersion: 0.3\n")
+    (information / "RECORD").write_text("parts_of_it.py,,\noffered_by_it.py,,\n")
+    (information / "entry_points.txt").write_text(ENTRY_POINTS)
+    return folder
+
+
+def run(package, cwd, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    return forks.run([sys.executable, "-m", "dsplugins", *map(str, arguments)], cwd=cwd, env=environment)
+
+
+def line_of(package, name, text):
+    lines = (package / name).read_text().splitlines()
+    return f"{package / name}:{next(i for i, line in enumerate(lines, 1) if text in line)}"
+
+
+def test_what_a_module_raises_in_a_step_is_one_line_and_in_the_status(package, tmp_path):
+    swap = ["plugins.aux_free=null", "plugins.in_forward={}", "run.directory=out"]
+    done = run(package, tmp_path, "train", TINY, *swap)
+    said = "plugin in_forward failed in InForward.forward: RuntimeError: shape '[3, 5]' is invalid"
+    at = line_of(package, "parts_of_it.py", "as many numbers")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert said in done.stderr and "(all calls: out/calls/rank-0.txt)" in done.stderr
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["reason"].startswith(f"rank 0: {said}") and status["reason"].endswith(f" at {at}")
+    calls = (tmp_path / "out" / "calls" / "rank-0.txt").read_text()
+    assert calls.count("Traceback") == 2 and "moe_layer.py" in calls
+
+
+CHECKED = {
+    "in_init": ("InInit.__init__: ValueError: not that many experts", "parts_of_it.py", "raise ValueError"),
+    "no_module": ("ds_router: its factory made NoneType, not a Module", None, None),
+    "no_factory": ("ds_router: TypeError: gave int, not a factory", None, None),
+    "no_spec": ("ds_attention: TypeError: gave int, not a ModuleSpec", None, None),
+    "no_dispatcher": ("ds_dispatcher: its factory made NoneType, not a MoETokenDispatcher", None, None),
+}
+OWNERS = {"no_spec": "mla", "no_dispatcher": "alltoall"}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_check_names_the_plugin_that_can_not_be_built(package, tmp_path, name):
+    said, file, text = CHECKED[name]
+    swap = [f"plugins.{OWNERS.get(name, 'aux_free')}=null", f"plugins.{name}={{}}"]
+    done = run(package, tmp_path, "check", TINY, *swap)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"tiny.yaml: plugin {name} failed in {said}" in done.stderr
+    if file:
+        assert f" at {line_of(package, file, text)} (dsplugins --debug shows the calls)" in done.stderr
+
+
+def test_a_backward_pass_is_somebodys_too(package, monkeypatch):
+    from types import SimpleNamespace
+
+    from dsplugins import blame
+    from dsplugins.failures import PluginFailure
+
+    monkeypatch.syspath_prepend(str(package))
+    import parts_of_it
+
+    offer = SimpleNamespace(distribution="somebodys", entry_point=SimpleNamespace(module="offered_by_it"))
+    plugins = [SimpleNamespace(name="twice", offer=offer)]
+    said = "plugin twice failed in Double.backward: ArithmeticError: no way back"
+    with pytest.raises(PluginFailure, match=said), blame.named(plugins):
+        parts_of_it.failing()
+    with pytest.raises(KeyError), blame.named(plugins):  # nobody's but ours
+        {}["x"]
+
+
+def test_an_error_of_core_while_it_builds_names_the_parts_of_other_packages():
+    from dataclasses import replace
+
+    from dsplugins import blame
+    from dsplugins.cli.exits import reason_of
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+
+    plugins, _ = prepare(Recipe.load(TINY, []))
+    said = "'Linear' object has no attribute 'set_layer_number'"
+    with pytest.raises(AttributeError) as alone, blame.built_with(plugins):
+        raise AttributeError(said)
+    assert plugins.guests() == [] and reason_of(alone.value).endswith("'set_layer_number'")
+    router = plugins.owner("router")
+    guest = replace(router, offer=replace(router.offer, distribution="mine", version="0.1"))
+    plugins.chosen = tuple(guest if one is router else one for one in plugins.chosen)
+    with pytest.raises(AttributeError) as named, blame.built_with(plugins):
+        raise AttributeError(said)
+    told = "(while the model was built, with parts by router aux_free (mine 0.1))"
+    assert reason_of(named.value).endswith(told)
