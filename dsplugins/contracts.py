@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-CONTRACT = (1, 3)
+CONTRACT = (1, 4)
 """Version of this contract: (major, minor). A plugin class may say `contract = ">=1.0,<2"`."""
 
 SLOTS = (

@@ -78,6 +78,15 @@ def ds_check(plan: Plan, settings: Settings) -> Iterable[Problem]:
 
 
 @hookspec
+def ds_here(plan: Plan) -> Iterable[Problem]:
+    """Event. What this machine lacks for the run and can be seen without torch: files, packages.
+
+    Asked before a process is started, so it must neither import torch nor take long.
+    """
+    raise NotImplementedError
+
+
+@hookspec
 def ds_check_built(plan: Plan, stages: Sequence[Sequence[torch.nn.Module]]) -> Iterable[Problem]:
     """Event. What is wrong with this plan, seen from the whole model. Called by `dsplugins check` only.
 

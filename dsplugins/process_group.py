@@ -37,16 +37,15 @@ def right_world(plan: Plan) -> None:
         )
 
 
-def lacks(plan: Plan, plugins: Plugins, processes: int) -> list[Problem]:
-    """What this machine lacks for so many processes; one is too many where there is no device at all."""
+def lacking(plan: Plan, plugins: Plugins, processes: int) -> list[Problem]:
+    """What this machine lacks for so many processes and for the plugins, as far as it shows without torch.
+
+    One process is too many where there is no device at all.
+    """
     platform: Platform = plugins.slot("platform", plan=plan)
-    return list(platform.problems(1)) or list(platform.problems(processes))
-
-
-def enough_here(plan: Plan, plugins: Plugins) -> None:
-    """Raise EnvironmentUnfit, before a process is started, where this machine lacks what all ranks need."""
-    for problem in lacks(plan, plugins, plan.run.world_size):
-        raise EnvironmentUnfit(f"{problem.message}: {problem.remedy}")
+    devices = list(platform.problems(1)) or list(platform.problems(processes))
+    asked = plugins.event("ds_here", plan=plan)
+    return devices + [problem for _, found in asked for problem in found or ()]
 
 
 def stand(plan: Plan, plugins: Plugins) -> tuple[Platform, torch.device]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,6 +34,10 @@ class Display:
     def say(self, text: str = "") -> None:
         """One line."""
         self.console.print(text, markup=False)
+
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        """Meanwhile `what` stands on the terminal, if there is one."""
+        return self.console.status(what) if self.speaks else nullcontext()
 
     def opening(self, plan: Plan, plugins: Plugins, facts: Mapping[str, Any]) -> None:
         """Slots and owners, events, layout, and what is known about model and data."""

@@ -102,7 +102,8 @@ class Loop:
         progress = self._steps(progress)
         self.display.stop_bar()
         if self.plan.evaluate.sequences:
-            self._evaluate(progress.steps)
+            with self.display.waiting("evaluating"):
+                self._evaluate(progress.steps)
         self.saver.close()
         self._finish(progress.steps)
 
@@ -291,7 +292,8 @@ class Loop:
             return None
         tokens, truth = prompt
         length = min(48, self.plan.data.seq_length // 4)
-        written = complete(run, tokens, length)
+        with self.display.waiting(f"the model writes {length} tokens"):
+            written = complete(run, tokens, length)
         texts = (run.data.decode(tokens), run.data.decode(written), truth)
         self.display.completion(*texts)
         return texts

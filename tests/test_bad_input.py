@@ -282,11 +282,30 @@ def test_what_this_machine_lacks_has_another_code(tmp_path):
     assert done.returncode == 4 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("command line: ")]
     assert "/nowhere is not a folder" in line and "point plugins.python_source.directory to a folder" in line
-    status = json.loads((tmp_path / "out" / "status.json").read_text())
-    assert status["code"] == 4 and "/nowhere is not a folder" in status["reason"]
+    assert "starting" not in done.stderr and not (tmp_path / "out").exists()
     done = train(tmp_path, TINY, "plugins.cpu=null", "plugins.cuda={}", "run.directory=cuda")
     assert done.returncode == 4 and "Traceback" not in done.stderr
     assert "platform cuda needs 1 GPUs on this machine, torch sees 0: " in done.stderr.splitlines()[0]
+
+
+def test_missing_corpora_are_all_named_before_a_process_is_started(tmp_path):
+    corpora = "plugins.indexed={train: [a, b], validation: [c]}"
+    done = train(tmp_path, TINY, "plugins.python_source=null", corpora, "run.directory=out")
+    assert done.returncode == 4 and "starting" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.split(" is not there: ")[0] for line in lines] == [
+        f"command line: {name}.bin" for name in "abc"
+    ]
+    assert all("dsplugins data build" in line for line in lines) and not (tmp_path / "out").exists()
+
+
+def test_what_the_first_rank_has_told_is_not_said_twice(tmp_path):
+    done = train(tmp_path, TINY, "model.moe_router_topk=9", "run.directory=out")
+    said = "moe_router_topk=9 is more than model.num_moe_experts=8"
+    assert done.returncode == 3 and done.stderr.startswith("starting 1 process")
+    assert done.stderr.count(said) == 1 and "exit code" not in done.stderr
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["code"] == 3 and said in status["reason"]
 
 
 def test_a_cluster_s_recipe_starts_nothing_on_one_machine(tmp_path):

@@ -127,7 +127,8 @@ def test_the_command_prints_json_and_leaves_the_run_alone(run):
     line = [sys.executable, "-m", "dsplugins", "evaluate", str(run), "--json"]
     line += ["run.world_size=1", "parallel.expert=1"]
     done = forks.run(line)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr.startswith("starting 1 process: ")
+    assert done.stderr.count("\n") == 1
     assert math.isclose(json.loads(done.stdout)["loss"], evaluations(run)[-1]["loss"], rel_tol=1e-6)
     assert before == {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
 

@@ -38,19 +38,16 @@ def loop(recipe: str, overrides: tuple[str, ...], rounds: int, out: Path | None)
     from dsplugins import rank
 
     if not rank.inside_torchrun():
-        from dsplugins.environment import provide
+        from dsplugins.cli import start
         from dsplugins.plan import prepare
-        from dsplugins.process_group import enough_here
         from dsplugins.recipe import Recipe
 
-        plugins, plan = prepare(Recipe.load(recipe, overrides))
-        provide(plugins)
-        enough_here(plan, plugins)
-        from dsplugins.launcher import run_local
-
+        loaded = Recipe.load(recipe, overrides)
+        plugins, plan = prepare(loaded)
+        start.ready(loaded, plan, plugins)
         more = ["--out", str(out)] if out else []
         line = ["bench", "loop", recipe, *overrides, "--rounds", str(rounds), *more]
-        raise SystemExit(run_local(plan.run.world_size, line).code)
+        raise SystemExit(start.started(plan, line).code)
     rank.end_with_launcher()
     timed = _loop(recipe, overrides, rounds)
     if rank.number() == 0:

@@ -54,6 +54,7 @@ def _findings(recipe: str, overrides: Sequence[str], here: bool) -> dict[str, An
     Raises ChildFailed where one of them crashed, or a plugin in it.
     """
     from dsplugins.cli import child, exits
+    from dsplugins.cli.waiting import waiting
     from dsplugins.contracts import Problem, RecipeError
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
@@ -61,18 +62,24 @@ def _findings(recipe: str, overrides: Sequence[str], here: bool) -> dict[str, An
     request = {"recipe": recipe, "overrides": list(overrides)}
     found: dict[str, Any] = {"recipe": recipe}
     try:
-        _, plan = prepare(Recipe.load(recipe, overrides))
+        loaded = Recipe.load(recipe, overrides)
+        plugins, plan = prepare(loaded)
     except RecipeError as error:
         return found | _with(error.problems)
     machine = child.start("dsplugins.cli.here", request) if here else None
-    meta = child.start("dsplugins.meta", request, without_gpu=True).answer()
+    stages = plan.layout.pipeline
+    with waiting(f"building {stages} pipeline stage{'s' if stages > 1 else ''} on the meta device"):
+        meta = child.start("dsplugins.meta", request, without_gpu=True).answer()
     if "failed" in meta:
         calls = f"\n{meta['calls']}" if exits.DEBUG in os.environ else " (dsplugins --debug shows the calls)"
         raise child.ChildFailed(f"{meta['failed']}{calls}")
-    problems = [Problem(**fields) for fields in meta.pop("problems")]
+    asked = plugins.event("ds_here", plan=plan)
+    problems = loaded.located([problem for _, said in asked for problem in said or ()])
+    problems += [Problem(**fields) for fields in meta.pop("problems")]
     found |= _plan(plan) | (meta.pop("built") or {})
     if machine:
-        answer = machine.answer()
+        with waiting("looking at this machine"):
+            answer = machine.answer()
         problems += [Problem(**fields) for fields in answer.pop("problems")]
         found |= answer
     return found | _with(problems)

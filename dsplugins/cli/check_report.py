@@ -85,8 +85,8 @@ def _machine(machine: Mapping[str, Any]) -> str:
 def _end(findings: Mapping[str, Any], here: bool) -> Iterator[str]:
     lacking = [problem for problem in findings["problems"] if problem["kind"] == "environment"]
     if lacking and not here and "stages" in findings:
-        things = "thing" if len(lacking) == 1 else "things"
-        yield f"This machine lacks {len(lacking)} {things} that a run needs: --here says which."
+        yield "a run needs what this machine lacks (--here looks at its devices, too):"
+        yield from (f"  {problem['message']}" for problem in lacking)
     if "stages" in findings:
         took = f"{findings['build_seconds']:.1f} s to build, {findings['seconds']:.1f} s in all"
         yield f"{findings['recipe']}: nothing wrong with the recipe ({took})"

@@ -149,6 +149,7 @@ def show(prefix: Path, samples: int, tokenizer: Path | None, as_json: bool) -> N
     """Show counts, lengths and some documents of a corpus, and how it was made."""
     from dataclasses import asdict
 
+    from dsplugins.cli.waiting import waiting
     from dsplugins.corpora.summary import look
     from dsplugins.quiet import quiet
 
@@ -157,7 +158,8 @@ def show(prefix: Path, samples: int, tokenizer: Path | None, as_json: bool) -> N
     if missing:
         raise click.UsageError(f"{prefix}{missing[0]} is not there: PREFIX is a corpus without its ending")
     file = _tokenizer(prefix, tokenizer) if samples else None
-    summary = look(prefix, samples, file)
+    with waiting(f"reading {prefix}"):
+        summary = look(prefix, samples, file)
     click.echo(json.dumps(asdict(summary), indent=1, ensure_ascii=False) if as_json else _page(summary))
     if samples and file is None:
         click.echo("no documents shown: it has no sidecar, give its --tokenizer", err=True)

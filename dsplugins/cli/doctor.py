@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from dsplugins.cli import machine
 from dsplugins.cli.columns import columns
 from dsplugins.cli.machine import row
+from dsplugins.cli.waiting import waiting
 
 EXTRAS = ("te", "hf", "plot", "tensorboard")
 """Extras that a recipe may need, as opposed to those for working on dsplugins itself."""
@@ -26,7 +27,8 @@ def command(as_json: bool) -> None:
 
     Exit code 4 if something that every run needs is missing or wrong.
     """
-    rows = everything()
+    with waiting("importing torch and megatron-core, opening gloo"):
+        rows = everything()
     wrong = [row for row in rows if row["state"] == "WRONG"]
     if as_json:
         click.echo(json.dumps(rows, indent=1))

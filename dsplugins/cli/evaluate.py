@@ -46,8 +46,7 @@ def command(run: Path, overrides: tuple[str, ...], step: int | None, as_json: bo
 
 def _all_ranks(recipe: Recipe, arguments: list[str]) -> None:
     """Start the ranks on this machine; their code is this process's."""
-    from dsplugins import environment, process_group
-    from dsplugins.cli import exits
+    from dsplugins.cli import exits, start
     from dsplugins.contracts import Problem, RecipeError
     from dsplugins.plan import prepare
 
@@ -56,11 +55,8 @@ def _all_ranks(recipe: Recipe, arguments: list[str]) -> None:
         said = "evaluate.sequences=0: nothing to look at"
         problem = Problem(said, "evaluate.sequences", "give evaluate.sequences=64 on the command line")
         raise RecipeError(recipe.located([problem]))
-    environment.provide(plugins)
-    process_group.enough_here(plan, plugins)
-    from dsplugins.launcher import run_local
-
-    outcome = run_local(plan.run.world_size, arguments)
+    start.ready(recipe, plan, plugins)
+    outcome = start.started(plan, arguments)
     exits.leave(outcome.code, f"dsplugins evaluate: {outcome.reason}" if outcome.code else "")
 
 

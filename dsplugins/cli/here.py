@@ -51,8 +51,8 @@ def _libraries(rows: list[dict[str, str]]) -> Iterator[Problem]:
 
 
 def _devices(plan: Plan, plugins: Plugins, processes: int) -> Iterator[Problem]:
-    """What the platform lacks for so many processes, and a number that can't be."""
-    yield from process_group.lacks(plan, plugins, processes)
+    """What is lacking here for so many processes, and a number that can't be."""
+    yield from process_group.lacking(plan, plugins, processes)
     if processes < plan.run.world_size and plan.run.world_size % processes:
         said = f"LOCAL_WORLD_SIZE={processes} does not divide run.world_size={plan.run.world_size}"
         yield Problem(said, "run.world_size", "start as many on each machine", kind="environment")

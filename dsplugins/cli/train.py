@@ -88,21 +88,19 @@ def _fail(run: RunDirectory, recipe: Recipe, error: Exception) -> NoReturn:
 
 def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) -> None:
     """Start the ranks on this machine and wait for them; their code is this process's."""
-    from dsplugins import environment, process_group
+    from dsplugins.cli import start
     from dsplugins.rundir import RunDirectory
 
     plugins, plan = prepared(recipe)
-    world_size, run = plan.run.world_size, RunDirectory(Path(plan.run.directory))
+    run = RunDirectory(Path(plan.run.directory))
     if _complete(run, recipe, plugins, fresh, accept):
         return
-    environment.provide(plugins)
-    process_group.enough_here(plan, plugins)
-    from dsplugins.launcher import run_local
-
+    start.ready(recipe, plan, plugins)
     with run.held():
         run.announce()
-        status = _outcome(run, run_local(world_size, arguments))
-    if status["code"]:
+        status = _outcome(run, start.started(plan, arguments))
+    told = status["code"] in (3, 4) and status.get("rank") is not None  # by the first rank, in full
+    if status["code"] and not told:
         line = shlex.join(["dsplugins", *arguments])
         click.echo(f"{line}: exit code {status['code']}: {status['reason']}", err=True)
     raise SystemExit(status["code"])

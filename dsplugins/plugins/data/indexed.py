@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dsplugins.contracts import EnvironmentUnfit, Problem
 from dsplugins.hookspecs import hookimpl
-from dsplugins.plugins.data.indexed_options import IndexedOptions
+from dsplugins.plugins.data.indexed_options import MISSING, IndexedOptions
 
 if TYPE_CHECKING:
     from dsplugins.contracts import Data, Plan, Settings
@@ -53,6 +53,16 @@ class Indexed:
         own = Path(plan.run.directory) / "data_index"
         cache = Path(options.cache).expanduser() if options.cache else own
         return IndexedData(plan, train, validation, options.weights, options.validation_weights, cache)
+
+    @hookimpl
+    def ds_here(self) -> Iterator[Problem]:
+        """Whether each corpus is there."""
+        from dsplugins.plugins.data.indexed_corpus import absent
+
+        for key in ("train", "validation"):
+            for prefix in self._options.prefixes(key):
+                if missing := absent(Path(prefix).expanduser()):
+                    yield Problem(missing, f"plugins.indexed.{key}", MISSING, kind="environment")
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterator[Problem]:

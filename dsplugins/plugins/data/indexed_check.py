@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from dsplugins.contracts import EnvironmentUnfit, Problem
 from dsplugins.plugins.data.indexed_corpus import Corpus, Mismatch
 from dsplugins.plugins.data.indexed_mixture import Mixture
-from dsplugins.plugins.data.indexed_options import IndexedOptions
+from dsplugins.plugins.data.indexed_options import MISSING, IndexedOptions
 from dsplugins.plugins.data.indexed_passes import TRAIN, VALIDATION, Part
 
 if TYPE_CHECKING:
     from dsplugins.contracts import Plan
 
-MISSING = "`dsplugins data build` makes a corpus (docs/data.md); copy it here, or name another one"
 OTHER_TOKENIZER = "set it to the tokenizer.json that the corpus was built with, or build it again"
 
 

@@ -40,9 +40,8 @@ class Corpus:
     @classmethod
     def open(cls, prefix: Path, tokenizer: Path | None) -> Corpus:
         """Raises EnvironmentUnfit for what is missing or broken here, Mismatch for another tokenizer."""
-        for end in (".bin", ".idx"):
-            if not _with(prefix, end).is_file():
-                raise EnvironmentUnfit(f"{_with(prefix, end)} is not there")
+        if missing := absent(prefix):
+            raise EnvironmentUnfit(missing)
         try:
             described = sidecar.read(prefix)
         except SidecarFault as error:
@@ -92,6 +91,12 @@ class Corpus:
         return bool(len(tokens)) and int(tokens[0]) == self.tokenizer.ids["fim_begin"]
 
 
+def absent(prefix: Path) -> str | None:
+    """What of a corpus is not there, in words; None where its two files are."""
+    files = [_with(prefix, end) for end in (".bin", ".idx")]
+    return next((f"{file} is not there" for file in files if not file.is_file()), None)
+
+
 def _with(prefix: Path, end: str) -> Path:
     return prefix.with_name(prefix.name + end)
 
@@ -125,4 +130,4 @@ def _tokenizer(prefix: Path, described: Sidecar | None, elsewhere: Path | None) 
         raise Mismatch(f"{prefix}: {error}") from error
 
 
-__all__ = ["Corpus", "Mismatch"]
+__all__ = ["Corpus", "Mismatch", "absent"]

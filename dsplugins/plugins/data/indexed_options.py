@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from dsplugins.contracts import Plan
 
 
+MISSING = "`dsplugins data build` makes a corpus (docs/data.md); copy it here, or name another one"
+"""What to do about a corpus that isn't there."""
+
+
 @dataclass(frozen=True)
 class Weighed:
     """A corpus and its share."""
@@ -80,4 +84,4 @@ def _weights(items: Sequence[str | Weighed]) -> list[float] | None:
     return [item.weight for item in items if isinstance(item, Weighed)] or None
 
 
-__all__ = ["IndexedOptions", "Weighed"]
+__all__ = ["MISSING", "IndexedOptions", "Weighed"]

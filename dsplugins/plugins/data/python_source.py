@@ -88,8 +88,16 @@ class PythonSource:
                 key="model.vocab_size",
                 remedy=f"set model.vocab_size to {VOCAB_SIZE} or more (320 divides by 64)",
             )
+        lacking = list(self.ds_here())
+        yield from lacking
+        if not lacking:
+            yield from _size_problems(plan, self._split())
+
+    @hookimpl
+    def ds_here(self) -> Iterator[Problem]:
+        """Whether there are sources."""
         try:
-            split = self._split()
+            self._split()
         except EnvironmentUnfit as error:
             yield Problem(
                 str(error),
@@ -97,8 +105,6 @@ class PythonSource:
                 remedy="point plugins.python_source.directory to a folder with *.py files",
                 kind="environment",
             )
-        else:
-            yield from _size_problems(plan, split)
 
     def _split(self) -> Split:
         from dsplugins.plugins.data.files import read_documents, split_documents, standard_library
