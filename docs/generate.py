@@ -140,7 +140,7 @@ def plugins() -> Iterator[str]:
     """Every built-in plugin: what its class says of itself."""
     from dsplugins.cli.plugins import describe
     from dsplugins.contracts import SLOTS
-    from dsplugins.manager import offers
+    from dsplugins.offers import offers
 
     yield "# Built-in plugins"
     yield NOTE.format(source="the plugins' classes, as `dsplugins plugins show NAME` reads them")

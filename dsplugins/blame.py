@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from dsplugins.contracts import EnvironmentUnfit, RecipeError
 from dsplugins.failures import PluginFailure, failed
-from dsplugins.manager import OWN, Chosen
+from dsplugins.offers import OWN
 from dsplugins.wishes import Stopped
 
 if TYPE_CHECKING:
-    from dsplugins.manager import Plugins
+    from dsplugins.manager import Chosen, Plugins
 
 SAID = (RecipeError, EnvironmentUnfit, PluginFailure, Stopped)
 """Errors that tell by themselves what is wrong, and where."""

@@ -12,7 +12,6 @@ import inspect
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -22,6 +21,7 @@ from dsplugins import hookspecs
 from dsplugins.contracts import CONTRACT, SLOTS, Problem, RecipeError
 from dsplugins.environment import contradictions
 from dsplugins.failures import HookFailure
+from dsplugins.offers import GROUP, OWN, NoOffer, Offer, offers, resolve
 from dsplugins.typed import build
 
 if TYPE_CHECKING:
@@ -29,36 +29,8 @@ if TYPE_CHECKING:
 
     from dsplugins.recipe import Recipe
 
-OWN = "dsplugins"
-"""This distribution's name."""
-GROUP = "dsplugins."
 REQUIRED = ("platform", "model", "backend", "precision", "attention", "schedule", "optimizer", "data")
 REQUIRED_BY_MOE = ("router", "experts", "dispatcher")
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A plugin that some installed distribution offers; known from metadata alone."""
-
-    name: str
-    slot: str
-    """One of `contracts.SLOTS`, or `event`."""
-    distribution: str
-    version: str
-    entry_point: metadata.EntryPoint
-
-
-def offers() -> list[Offer]:
-    """Every plugin that is installed, sorted by slot and name. Imports none of them."""
-    found = []
-    installed = metadata.entry_points()  # reads every distribution's metadata: once, not once a slot
-    for slot in (*SLOTS, "event"):
-        for entry in installed.select(group=GROUP + slot):
-            dist = entry.dist
-            found.append(
-                Offer(entry.name, slot, dist.name if dist else "?", dist.version if dist else "?", entry)
-            )
-    return sorted(found, key=lambda offer: (offer.slot == "event", offer.slot, offer.name))
 
 
 @dataclass(frozen=True)
@@ -174,10 +146,13 @@ def choose(recipe: Recipe) -> Plugins:
     problems: list[Problem] = []
     chosen: list[Chosen] = []
     for name, values in recipe.plugins.items():
-        offer = _find(name, everyone, problems)
-        item = make(offer, values, problems) if offer else None
-        if item:
-            chosen.append(item)
+        try:
+            item = make(resolve(name, everyone), values, problems)
+        except NoOffer as error:
+            key = f"plugins.{name}"
+            problems.append(Problem(f"{key}: {error}", key, error.remedy))
+        else:
+            chosen += [item] if item else []
     failed = {p.key.split(".")[1] for p in problems if p.key.startswith("plugins.")}
     problems += _ownership(chosen)
     problems += _empty_slots(recipe, chosen, everyone, failed)
@@ -185,23 +160,6 @@ def choose(recipe: Recipe) -> Plugins:
     if problems:
         raise RecipeError(problems)
     return Plugins(chosen)
-
-
-def _find(name: str, everyone: Sequence[Offer], problems: list[Problem]) -> Offer | None:
-    key = f"plugins.{name}"
-    found = [offer for offer in everyone if offer.name == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        sources = ", ".join(f"{offer.distribution} ({offer.slot})" for offer in found)
-        remedy = "uninstall all of them but one"
-        problems.append(Problem(f"{key}: offered by {len(found)} distributions: {sources}", key, remedy))
-        return None
-    near = difflib.get_close_matches(name, [offer.name for offer in everyone], n=1)
-    remedy = f"did you mean {near[0]}? " if near else ""
-    remedy += "A plugin of somebody else's must be installed first: pip install PACKAGE"
-    problems.append(Problem(f"{key}: no installed package offers a plugin of this name", key, remedy))
-    return None
 
 
 def make(offer: Offer, values: Mapping[str, Any], problems: list[Problem]) -> Chosen | None:

@@ -239,8 +239,11 @@ def _plugin_faults(node: yaml.MappingNode, label: Callable[[yaml.Node], str]) ->
     for key_node, value in node.value:
         name, place = str(key_node.value), label(key_node)
         key = f"plugins.{name}"
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            remedy = "small letters, digits and _; a plugin must be installed, a recipe can't name code"
+        if not re.fullmatch(r"([a-z0-9-]+/)?[a-z][a-z0-9_]*", name):
+            remedy = (
+                "NAME or DISTRIBUTION/NAME, in small letters, digits and _; "
+                "a plugin must be installed, a recipe can't name code"
+            )
             yield Problem(f"{key} is not a plugin's name", key, remedy, place)
         if not isinstance(value, yaml.MappingNode) and not is_null(value):
             remedy = f"write `{name}: {{}}` to name it without options, `{name}: null` to remove it"

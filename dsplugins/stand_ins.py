@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dsplugins.contracts import Problem, RecipeError
-from dsplugins.manager import Chosen, Plugins, make, offers
+from dsplugins.manager import Chosen, Plugins, make
+from dsplugins.offers import NoOffer, offers, resolve
 
 if TYPE_CHECKING:
     from dsplugins.contracts import Plan, Settings
@@ -52,13 +53,14 @@ def objections(
 
 
 def _stand_in(item: Chosen, name: str, problems: list[Problem]) -> Chosen | None:
-    offered = [offer for offer in offers() if offer.name == name and offer.slot == item.slot]
-    if len(offered) != 1:
+    try:
+        offer = resolve(name, [offer for offer in offers() if offer.slot == item.slot])
+    except NoOffer as error:
         key = f"plugins.{item.name}"
-        said = f"{key}: its stand_in {name!r} is not a plugin of the slot {item.slot} that is installed once"
+        said = f"{key}: its stand_in {name!r} is not a plugin of the slot {item.slot}: {error}"
         problems.append(Problem(said, key, "tell its author"))
         return None
-    return make(offered[0], {}, problems)
+    return make(offer, {}, problems)
 
 
 __all__ = ["objections", "substitute"]

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from dsplugins.hookspecs import hookimpl
-from dsplugins.manager import Offer, make
+from dsplugins.manager import make
+from dsplugins.offers import Offer
 
 
 class Unmarked:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from dsplugins.contracts import RecipeError
-from dsplugins.manager import Plugins, make, offers
+from dsplugins.manager import Plugins, make
+from dsplugins.offers import offers
 from dsplugins.stand_ins import substitute
 
 

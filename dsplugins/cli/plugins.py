@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from dsplugins.manager import Offer
+    from dsplugins.offers import Offer
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 """What a plugin may be called: a dot would split a recipe's key."""
@@ -46,14 +44,16 @@ def list_plugins(as_json: bool) -> None:
 
 def _rows() -> Iterator[dict[str, Any]]:
     """One row an offer; `marks` says what is wrong with it, as far as metadata tells."""
-    from dsplugins.manager import offers
+    from dsplugins.offers import NoOffer, offers, qualified, resolve
 
     everyone = offers()
-    times = Counter(offer.name for offer in everyone)
     for offer in everyone:
         marks = []
-        if times[offer.name] > 1:
-            marks.append(f"offered {times[offer.name]} times: no recipe can name it")
+        try:
+            if resolve(offer.name, everyone) != offer:
+                marks.append(f"a recipe must write {qualified(offer)}: dsplugins has this name")
+        except NoOffer as error:
+            marks.append(f"{error}: {error.remedy}")
         if not NAME.fullmatch(offer.name):
             marks.append("not a plugin name: use a-z, 0-9 and _")
         yield {
@@ -69,7 +69,7 @@ def _rows() -> Iterator[dict[str, Any]]:
 def _strays() -> Iterator[dict[str, Any]]:
     """Entry points in groups that look like ours but are no slot: nobody will ever find them."""
     from dsplugins.contracts import SLOTS
-    from dsplugins.manager import GROUP
+    from dsplugins.offers import GROUP
 
     known = {GROUP + slot for slot in (*SLOTS, "event")}
     for group in sorted(metadata.entry_points().groups):
@@ -96,18 +96,13 @@ def show(name: str, as_json: bool) -> None:
 
 
 def _only(name: str) -> Offer:
-    from dsplugins.manager import offers
+    from dsplugins.offers import NoOffer, offers, resolve
 
-    everyone = offers()
-    found = [offer for offer in everyone if offer.name == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        sources = ", ".join(f"{offer.distribution} ({offer.slot})" for offer in found)
-        raise click.UsageError(f"{name} is offered {len(found)} times: {sources}; uninstall all but one")
-    near = difflib.get_close_matches(name, [offer.name for offer in everyone], n=1)
-    hint = f"did you mean {near[0]}?" if near else "`dsplugins plugins list` shows what is installed"
-    raise click.UsageError(f"no installed package offers a plugin called {name}: {hint}")
+    try:
+        return resolve(name, offers())
+    except NoOffer as error:
+        listed = "`dsplugins plugins list` shows what is installed"
+        raise click.UsageError(f"{name}: {error}: {error.remedy}; {listed}") from None
 
 
 def describe(offer: Offer) -> dict[str, Any]:

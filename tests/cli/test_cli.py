@@ -20,7 +20,8 @@ from dsplugins.cli.columns import columns
 from dsplugins.cli.options import words
 from dsplugins.contracts import EnvironmentUnfit, Problem, Range, RecipeError
 from dsplugins.hookspecs import hookimpl
-from dsplugins.manager import Chosen, Offer, Plugins
+from dsplugins.manager import Chosen, Plugins
+from dsplugins.offers import Offer
 from dsplugins.schedules import Schedule
 
 ROOT = Path(__file__).parents[2]
@@ -170,16 +171,15 @@ def test_list_marks_what_no_recipe_can_name(tmp_path):
     rows = json.loads(dsplugins("plugins", "list", "--json", beside=tmp_path).stdout)
     marked = {(row["name"], row["distribution"]): row["marks"] for row in rows if row["marks"]}
     assert set(marked) == {
-        ("mla", "dsplugins"),
         ("mla", "somebody"),
         ("No.Name", "somebody"),
         ("lost", "somebody"),
     }
-    assert "offered 2 times" in marked["mla", "somebody"][0]
+    assert marked["mla", "somebody"] == ["a recipe must write somebody/mla: dsplugins has this name"]
     assert "no such slot" in marked["lost", "somebody"][0]
     table = dsplugins("plugins", "list", beside=tmp_path).stdout.splitlines()
     assert any(line.split()[:4] == ["event", "fine", "somebody", "2.0"] for line in table)
-    assert "offered 2 times" in dsplugins("plugins", "show", "mla", beside=tmp_path).stderr
+    assert dsplugins("plugins", "show", "mla", beside=tmp_path).stdout.startswith("mla: attention, from dsp")
 
 
 def test_show_of_a_plugin_that_cannot_be_imported(tmp_path):

@@ -44,7 +44,7 @@ def test_list_is_what_the_package_declares():
 
 def test_every_listed_plugin_can_be_shown_with_documented_options():
     from dsplugins.cli.plugins import _options
-    from dsplugins.manager import offers
+    from dsplugins.offers import offers
 
     for offer in offers():
         cls = offer.entry_point.load()

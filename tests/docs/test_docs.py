@@ -35,7 +35,7 @@ def test_every_page_of_the_reference_is_generated():
 
 def test_every_hook_and_built_in_plugin_has_a_heading():
     from dsplugins import hookspecs
-    from dsplugins.manager import offers
+    from dsplugins.offers import offers
 
     headings = set(re.findall(r"^### (\w+)$", text(REFERENCE.glob("*.md")), flags=re.MULTILINE))
     wanted = {hook for hook in vars(hookspecs) if hook.startswith("ds_")}
