@@ -35,9 +35,21 @@ def unknown_fields(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Proble
                 yield unknown(key, known, section, f"megatron-core's {name}")
 
 
-@cache
+class Source(str):
+    """A default that is no plain value, as megatron-core's source text has it."""
+
+
 def field_names(section: str) -> frozenset[str]:
     """Fields of a section's dataclass, inherited ones too. Raises EnvironmentUnfit without megatron-core."""
+    return frozenset(defaults(section))
+
+
+@cache
+def defaults(section: str) -> Mapping[str, Any]:
+    """Field of a section's dataclass, inherited ones too -> its default, as the source text has it.
+
+    Raises EnvironmentUnfit without megatron-core.
+    """
     wanted, files = SOURCES[section]
     found = importlib.util.find_spec("megatron")
     classes: dict[str, ast.ClassDef] = {}
@@ -51,16 +63,25 @@ def field_names(section: str) -> frozenset[str]:
             "megatron-core is not installed here, or not in a version that dsplugins knows, and a recipe is "
             "checked against its fields: pip install 'megatron-core>=0.19.2,<0.20', or see dsplugins doctor"
         )
-    return frozenset(_fields(wanted, classes))
+    return dict(_fields(wanted, classes))
 
 
-def _fields(name: str, classes: Mapping[str, ast.ClassDef]) -> Iterator[str]:
+def _fields(name: str, classes: Mapping[str, ast.ClassDef]) -> Iterator[tuple[str, Any]]:
     for base in classes[name].bases:
         if isinstance(base, ast.Name) and base.id in classes:
             yield from _fields(base.id, classes)
     for statement in classes[name].body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            yield statement.target.id
+            yield statement.target.id, _default(statement.value)
 
 
-__all__ = ["SOURCES", "field_names", "unknown_fields"]
+def _default(expression: ast.expr | None) -> Any:
+    if expression is None:
+        return Source("none: it must be given")
+    try:
+        return ast.literal_eval(expression)
+    except ValueError:
+        return Source(ast.unparse(expression))
+
+
+__all__ = ["SOURCES", "Source", "defaults", "field_names", "unknown_fields"]

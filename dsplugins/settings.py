@@ -20,6 +20,10 @@ SCHEDULABLE = ("moe_router_bias_update_rate", "mtp_loss_scaling_factor", "moe_au
 """Fields that megatron-core or a router reads anew in each step."""
 
 
+FOLLOWING = {"model.params_dtype": "model.bf16 and model.fp16", "model.pipeline_dtype": "model.params_dtype"}
+"""Fields that `_translate` sets where nobody does -> what they follow."""
+
+
 class Ledger:
     """Dotted Megatron field -> (value, writer). Two writers with two values are a problem."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from dsplugins import megatron_fields
 from dsplugins.contracts import EnvironmentUnfit
-from dsplugins.megatron_fields import field_names, unknown_fields
+from dsplugins.megatron_fields import Source, defaults, field_names, unknown_fields
 
 
 def test_every_field_and_no_other():
@@ -24,6 +24,8 @@ def test_every_field_and_no_other():
     for section, cls in built.items():
         assert megatron_fields.SOURCES[section][0] == cls.__name__
         assert field_names(section) == {field.name for field in fields(cls) if field.init}
+        plain = {name: value for name, value in defaults(section).items() if not isinstance(value, Source)}
+        assert plain and plain == {field.name: field.default for field in fields(cls) if field.name in plain}
 
 
 def test_ours_are_known_too():
@@ -35,7 +37,7 @@ def test_ours_are_known_too():
 
 
 def test_without_megatron_core(monkeypatch):
-    field_names.cache_clear()
+    defaults.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EnvironmentUnfit, match="megatron-core is not installed"):
         field_names("ddp")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+
+Row = tuple[str, Any, str]
+"""Dotted key, value, who wrote it."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
 def command(recipe: str, words: tuple[str, ...], as_json: bool) -> None:
     """Show what RECIPE comes to: slots, then each value and who wrote it.
 
-    A KEY shows only what is below it; KEY=VALUE overrides, as for train.
+    A KEY shows only what is below it, or what megatron-core declares of a field that nobody writes; KEY=VALUE
+    overrides, as for train.
     """
     from dsplugins.contracts import RecipeError
     from dsplugins.plan import prepare
@@ -37,40 +42,48 @@ def command(recipe: str, words: tuple[str, ...], as_json: bool) -> None:
     if book.problems:
         raise RecipeError(loaded.located(book.problems))
     rows = [*_slots(plugins), *_environment(plugins), *_sections(loaded, plan), *_options(loaded, plugins)]
-    rows += [(k, _show(v), book.writers[k]) for k, v in sorted(book.values.items())]
+    rows += [(key, value, book.writers[key]) for key, value in sorted(book.values.items())]
     if keys:
-        rows = _below(recipe, keys, rows)
+        rows = [row for key in keys for row in _below(recipe, key, rows)]
     if as_json:
-        click.echo(
-            json.dumps([dict(zip(("key", "value", "origin"), row, strict=True)) for row in rows], indent=1)
-        )
+        found = [{"key": key, "value": _plain(value), "origin": origin} for key, value, origin in rows]
+        click.echo(json.dumps(found, indent=1))
         return
-    width = max(len(row[0]) for row in rows)
-    for name, value, origin in rows:
-        click.echo(f"{name:{width}}  {value}  [{origin}]")
+    width = max(len(key) for key, _, _ in rows)
+    for key, value, origin in rows:
+        click.echo(f"{key:{width}}  {_yaml(value)}  [{origin}]")
 
 
-def _below(recipe: str, keys: list[str], rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """The rows at `keys` and below them. UsageError for a key with none."""
-    for key in keys:
-        if not any(f"{row[0]}.".startswith(f"{key}.") for row in rows):
-            raise click.UsageError(f"{recipe} comes to nothing called {key}")
-    return [row for row in rows if any(f"{row[0]}.".startswith(f"{key}.") for key in keys)]
+def _below(recipe: str, key: str, rows: list[Row]) -> list[Row]:
+    """The rows at `key` and below it, or the field that nobody writes. UsageError where there is none."""
+    from dsplugins.megatron_fields import SOURCES, defaults
+    from dsplugins.settings import FOLLOWING
+
+    if found := [row for row in rows if f"{row[0]}.".startswith(f"{key}.")]:
+        return found
+    unwritten = {f"{part}.{name}": value for part in SOURCES for name, value in defaults(part).items()}
+    if key in FOLLOWING:
+        return [(key, f"follows {FOLLOWING[key]}", "derived")]
+    if key in unwritten:
+        return [(key, unwritten[key], "declared by megatron-core")]
+    near = difflib.get_close_matches(key, {*unwritten, *(row[0] for row in rows)}, n=1)
+    hint = f": did you mean {near[0]}?" if near else ""
+    raise click.UsageError(f"{recipe} comes to nothing called {key}{hint}")
 
 
-def _slots(plugins: Plugins) -> Iterator[tuple[str, str, str]]:
+def _slots(plugins: Plugins) -> Iterator[Row]:
     for item in plugins:
         yield f"slot.{item.slot}", item.name, f"{item.offer.distribution} {item.offer.version}"
 
 
-def _environment(plugins: Plugins) -> Iterator[tuple[str, str, str]]:
+def _environment(plugins: Plugins) -> Iterator[Row]:
     from dsplugins.environment import declared
 
     for plugin, name, value in declared(plugins):
         yield f"environment.{name}", value, f"plugin {plugin}"
 
 
-def _sections(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, str]]:
+def _sections(recipe: Recipe, plan: Plan) -> Iterator[Row]:
     named: dict[str, Any] = {
         "parallel": plan.layout,
         "data": plan.data,
@@ -85,16 +98,38 @@ def _sections(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, str]]:
                 continue
             key = f"{section}.{field.name}"
             given = field.name in recipe.sections.get(section, {})
-            yield key, _show(getattr(values, field.name)), recipe.place(key) if given else "default"
+            yield key, getattr(values, field.name), recipe.place(key) if given else "default"
 
 
-def _options(recipe: Recipe, plugins: Plugins) -> Iterator[tuple[str, str, str]]:
+def _options(recipe: Recipe, plugins: Plugins) -> Iterator[Row]:
     for item in plugins:
         for field in fields(item.options) if is_dataclass(item.options) else ():
             key = f"plugins.{item.name}.{field.name}"
             given = field.name in recipe.plugins[item.name]
-            yield key, _show(getattr(item.options, field.name)), recipe.place(key) if given else "default"
+            yield key, getattr(item.options, field.name), recipe.place(key) if given else "default"
 
 
-def _show(value: Any) -> str:
-    return str(value)
+def _plain(value: Any) -> Any:
+    """As JSON and YAML have it; a schedule as a recipe writes it."""
+    from dsplugins.schedules import Schedule
+
+    if isinstance(value, Schedule):
+        return value.to_raw()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, dict | str | int | float | bool | None) else str(value)
+
+
+def _yaml(value: Any) -> str:
+    """In one line as a recipe would have it; a schedule in words, and source text as it stands."""
+    import yaml
+
+    from dsplugins.megatron_fields import Source
+    from dsplugins.schedules import Schedule
+
+    if isinstance(value, Schedule | Source):
+        return str(value)
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("...\n").rstrip("\n")

@@ -62,10 +62,30 @@ def test_show_names_hooks_and_options():
 def test_explain_says_value_and_origin():
     rows = json.loads(run("explain", "tests/tiny.yaml", "model", "model.hidden_size=64", "--json"))
     found = {row["key"]: (row["value"], row["origin"]) for row in rows}
-    assert found["model.hidden_size"] == ("64", "command line")
+    assert found["model.hidden_size"] == (64, "command line")
     assert found["model.multi_latent_attention"][1] == "plugin mla"
-    assert found["model.tensor_model_parallel_size"] == ("1", "derived")
+    assert found["model.tensor_model_parallel_size"] == (1, "derived")
     assert found["model.normalization"][1].startswith("recipes/base.yaml:")
+
+
+def test_explain_speaks_yaml():
+    import yaml
+
+    batch = "train.global_batch=[{until: 8 steps, from: 8, to: 16}, {value: 16}]"
+    keys = ["train.twin", "train.tokens", "plugins.adamw.no_decay", "train.global_batch"]
+    lines = run("explain", "tests/tiny.yaml", *keys, batch).splitlines()
+    shown = dict(line.rpartition("  [")[0].split(maxsplit=1) for line in lines)
+    assert [yaml.safe_load(shown[key]) for key in keys[:3]] == [False, None, ["vectors"]]
+    assert shown["train.global_batch"] == "8 to 16 until 8 steps, then 16"
+    (row,) = json.loads(run("explain", "tests/tiny.yaml", "train.global_batch", batch, "--json"))
+    assert row["value"] == [{"until": "8 steps", "from": 8, "to": 16}, {"value": 16}]
+
+
+def test_explain_knows_fields_that_nobody_writes():
+    (row,) = json.loads(run("explain", "tests/tiny.yaml", "model.rotary_base", "--json"))
+    assert row == {"key": "model.rotary_base", "value": 10000, "origin": "declared by megatron-core"}
+    assert "follows model.bf16" in run("explain", "tests/tiny.yaml", "model.params_dtype")
+    run("explain", "tests/tiny.yaml", "model.hidden_sice", code=2)
 
 
 def test_recipes_and_doctor():
