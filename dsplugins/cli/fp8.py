@@ -64,9 +64,9 @@ def fp8(
     with folder(kept, "fp8") as where:
         planned = list(experiment.runs(steps, seeds, overrides, why=why, peak=peak))
         train_all([run for _, _, run in planned], where, jobs)
-        at_once = experiment.direct(where)
+        at_once, moved = experiment.direct(where), experiment.moved(where)
         measured = [experiment.measure(way, seed, where / run.name) for way, seed, run in planned]
-    found = {**experiment.results(measured, steps, overrides), "direct": at_once}
+    found = {**experiment.results(measured, steps, overrides), "direct": at_once, "moved": moved}
     name = "fp8_why" if why else "fp8"
     line = ["dsplugins", "experiment", "fp8", "--steps", str(steps), "--seeds", str(seeds)]
     line += ["--peak", f"{peak:g}"] if peak != experiment.PEAK else []
@@ -75,6 +75,11 @@ def fp8(
     draw(measured, path.with_suffix(".png"))
     click.echo(path.read_text() if as_json else _page(found, path), nl=not as_json)
     raise SystemExit(0 if found["holds"] else 1)
+
+
+def _way(moved: dict[str, Any]) -> str:
+    learned, rounded = moved["learned_percent_of_start"], moved["rounding_percent_of_learned"]
+    return f"a weight's way from its start: {learned:.1f} % of it; rounding: {rounded:.0f} % of that way"
 
 
 def _page(found: dict[str, Any], path: Path) -> str:
@@ -99,6 +104,7 @@ def _page(found: dict[str, Any], path: Path) -> str:
             columns(rows),
             f"the floor holds to step {until}: beyond it BF16 differs from itself by more than it may",
             f"the weights of BF16, evaluated in FP8 instead: {found['direct']['percent']:+.3f} %",
+            _way(found["moved"]),
             "",
             f"the claim {verdict}; {path} and {path.stem}.png beside it",
         ]

@@ -5,7 +5,8 @@ The twin is the floor: nothing that differs less than BF16 from itself is a find
 relative difference of smoothed losses below 0.25 % (arXiv 2412.19437, B.1). Three more ways ask why: a rough
 twin, whose weights start as far away as rounding to E4M3 takes them, tells how far a push of FP8's size takes
 a run that stays in BF16; `fp8_v3` with only some of the products rounded, which rounding costs what. And the
-weights that BF16 has learned, evaluated in FP8, tell what rounding costs at once.
+weights that BF16 has learned, evaluated in FP8, tell what rounding costs at once, and how much of them was
+learned at all.
 """
 
 from __future__ import annotations
@@ -94,6 +95,15 @@ def direct(folder: Path) -> dict[str, Any]:
     losses = {way: evaluated(folder / f"{BASE}_1", look) for way, look in looks.items()}
     percent = 100 * (losses["fp8_v3"] / losses[BASE] - 1)
     return {"seed": 1, "sequences": SEQUENCES, "validation_loss": losses, "percent": round(percent, 4)}
+
+
+def moved(folder: Path) -> dict[str, Any]:
+    """How far the first seed's BF16 has come, beside what rounding does, see `fp8_moved`."""
+    from dsplugins.experiments.fp8_moved import moved as of_run
+    from dsplugins.quiet import quiet
+
+    quiet()
+    return of_run(folder / f"{BASE}_1")
 
 
 def warm_up(steps: int) -> int:

@@ -160,6 +160,30 @@ def test_a_run_is_evaluated_or_why_not_is_told(tmp_path):
     assert told.value.code == 2
 
 
+def test_how_far_a_run_has_come_from_where_it_started(tmp_path):
+    """One update of Adam is as large as the rate, here a hundredth of the weights' size."""
+    import sys
+
+    import forks
+
+    from dsplugins.experiments.fp8_moved import moved
+
+    change = [
+        "plugins.fp32=null",
+        "plugins.bf16={}",
+        "model.init_method_std=0.02",
+        "train.learning_rate=2e-4",
+    ]
+    tiny = str(Path(__file__).parents[1] / "tiny.yaml")
+    line = ["train", tiny, *change, "train.steps=1", "train.seed=3", "evaluate.sequences=0"]
+    assert forks.run([sys.executable, "-m", "dsplugins", *line, f"run.directory={tmp_path}"]).returncode == 0
+    found = moved(tmp_path)
+    assert found["seed"] == 3 and found["matrices"] > 20
+    assert 0.5 < found["learned_percent_of_start"] < 1.5
+    rounding = found["learned_percent_of_start"] * found["rounding_percent_of_learned"] / 100
+    assert 2.2 < rounding < 3.2  # percent of the weight: three bits of mantissa
+
+
 def test_the_picture(tmp_path):
     draw([*three_ways(1, 1e-4, 1e-3), *three_ways(2, -1e-4, -1e-3)], tmp_path / "a" / "b.png")
     assert (tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
@@ -190,15 +214,19 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fp8, "train_all", pretend)
     monkeypatch.setattr(experiment, "evaluated", look)
+    come = {"learned_percent_of_start": 5.0, "rounding_percent_of_learned": 50.0}
+    monkeypatch.setattr(experiment, "moved", lambda folder: come)
     assert experiment_runs.train_all is not pretend
     done = CliRunner().invoke(command, ["fp8", "--steps", "30", "--out", str(tmp_path)])
     assert done.exit_code == 0 and "the claim holds" in done.output
+    assert "a weight's way from its start: 5.0 % of it; rounding: 50 % of that way" in done.output
     record = json.loads((tmp_path / "fp8.json").read_text())
     assert record["results"]["percent"]["fp8_v3"]["largest_gap"] == pytest.approx(0.1)
     assert record["command"] == "dsplugins experiment fp8 --steps 30 --seeds 3"
     assert (tmp_path / "fp8.png").exists()
     assert [*record["results"]["percent"]] == [*LIMITS]
     assert record["results"]["direct"]["percent"] == pytest.approx(0.1)
+    assert record["results"]["moved"] == come
     plain = ("bf16_1", "evaluate.sequences=256")
     assert looks == [plain, (*plain, *WAYS["fp8_v3"])]
     done = CliRunner().invoke(command, ["fp8", "--why", "--steps", "30", "--out", str(tmp_path)])
