@@ -29,7 +29,7 @@ OURS = {"model": ("vocab_size",)}
 def unknown_fields(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
     """A problem for each key of a recipe's Megatron sections that megatron-core has no field for."""
     for section, (name, _) in SOURCES.items():
-        known = {*field_names(section), *OURS.get(section, ())}
+        known = known_fields(section)
         for key in sections.get(section, {}):
             if key not in known:
                 yield unknown(key, known, section, f"megatron-core's {name}")
@@ -37,6 +37,11 @@ def unknown_fields(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Proble
 
 class Source(str):
     """A default that is no plain value, as megatron-core's source text has it."""
+
+
+def known_fields(section: str) -> frozenset[str]:
+    """What a section may hold: megatron-core's fields and ours."""
+    return field_names(section).union(OURS.get(section, ()))
 
 
 def field_names(section: str) -> frozenset[str]:
@@ -84,4 +89,4 @@ def _default(expression: ast.expr | None) -> Any:
         return Source(ast.unparse(expression))
 
 
-__all__ = ["SOURCES", "Source", "defaults", "field_names", "unknown_fields"]
+__all__ = ["SOURCES", "Source", "defaults", "field_names", "known_fields", "unknown_fields"]

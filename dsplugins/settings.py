@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dsplugins.contracts import Plan, Problem, RecipeError, Settings
+from dsplugins.megatron_fields import known_fields
 from dsplugins.refusals import refusal
 from dsplugins.schedules import Schedule
 from dsplugins.typed import check_megatron
@@ -71,14 +74,26 @@ def ledger(plan: Plan, plugins: Plugins, recipe: Recipe | None = None) -> Ledger
     # Stand-ins come last and have their way: the recipe is written for the plugins that they replace.
     for name, wishes in sorted(wished, key=lambda item: item[0] in plugins.stand_ins):
         for key, value in (wishes or {}).items():
-            if key.split(".", 1)[0] not in SECTIONS:
-                said = f"plugin {name} writes {key}, which is in none of {', '.join(SECTIONS)}"
+            if fault := _no_field(key):
+                said = f"plugin {name} writes {key}, {fault}"
                 book.problems.append(Problem(said, f"plugins.{name}", "tell its author"))
                 continue
             if name in plugins.stand_ins:
                 book.values.pop(key, None)
             book.write(key, value, f"plugin {name}")
     return book
+
+
+def _no_field(key: str) -> str:
+    """What is wrong with a key that a plugin writes; nothing where megatron-core has the field."""
+    section, _, field = key.partition(".")
+    if section not in SECTIONS:
+        return f"which is in none of {', '.join(SECTIONS)}"
+    names = known_fields(section)
+    if field in names:
+        return ""
+    near = difflib.get_close_matches(field, names, n=1)
+    return "a field that megatron-core doesn't have" + (f"; it has {near[0]}" if near else "")
 
 
 def _derived(plan: Plan) -> dict[str, Any]:
@@ -135,7 +150,7 @@ def construct(plan: Plan, plugins: Plugins, recipe: Recipe) -> Settings:
     }
     values = {"model": model, "optimizer": book.section("optimizer"), "ddp": book.section("ddp")}
     for section, cls in classes.items():
-        problems += check_megatron(cls, values[section], section)
+        problems += (_by(problem, book) for problem in check_megatron(cls, values[section], section))
     if problems:
         raise RecipeError(recipe.located(problems))
     _translate(values["model"])
@@ -143,6 +158,15 @@ def construct(plan: Plan, plugins: Plugins, recipe: Recipe) -> Settings:
     if problems:
         raise RecipeError(recipe.located(problems))
     return Settings(built["model"], built["optimizer"], built["ddp"], vocab_size, scheduled, book.writers)
+
+
+def _by(problem: Problem, book: Ledger) -> Problem:
+    """A fault of a value, as the fault of the plugin that wrote it, if one did."""
+    writer = book.writers.get(problem.key, "")
+    if not writer.startswith("plugin "):
+        return problem
+    name = writer.removeprefix("plugin ")
+    return replace(problem, message=f"{problem.message}; {writer} writes it", key=f"plugins.{name}")
 
 
 def objections(plan: Plan, plugins: Plugins, settings: Settings) -> list[Problem]:

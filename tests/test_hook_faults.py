@@ -70,6 +70,47 @@ def test_what_is_forgotten_is_said(cls):
     assert problem.key == "plugins.mine"
 
 
+class Writing:
+    def __init__(self, wishes):
+        self.wishes = wishes
+
+    @hookimpl
+    def ds_settings(self, plan):
+        return self.wishes
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        (
+            {"model.hiden_size": 3},
+            "writes model.hiden_size, a field that megatron-core doesn't have; it has hidden_size",
+        ),
+        ({"train.steps": 3}, "writes train.steps, which is in none of model, optimizer, ddp"),
+        (
+            {"model.moe_z_loss_coeff": "much"},
+            "moe_z_loss_coeff='much' is not a number or null; plugin mine writes it",
+        ),
+    ],
+)
+def test_a_field_that_a_plugin_writes_wrongly_names_the_plugin(wishes, said):
+    from pathlib import Path
+
+    from dsplugins.contracts import RecipeError
+    from dsplugins.manager import Chosen, Plugins
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+    from dsplugins.settings import construct
+
+    recipe = Recipe.load(Path(__file__).parent / "tiny.yaml")
+    plugins, plan = prepare(recipe)
+    mine = Chosen(Offer("mine", "event", "mine", "0.1", None), Writing(wishes), None)
+    with pytest.raises(RecipeError) as refused:
+        construct(plan, Plugins([*plugins, mine]), recipe)
+    (problem,) = refused.value.problems
+    assert said in problem.message and problem.key == "plugins.mine"
+
+
 @pytest.mark.parametrize("returned", [3.0, {"x": object()}, [1]])
 def test_what_a_step_can_not_hold_names_the_plugin(returned):
     from dsplugins.failures import HookFailure
