@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from dsplugins.recipe import Recipe
 
 ABSENT = "absent"
+REMEDY = "--accept-changes goes on with it, --fresh starts over, run.directory=... begins beside it"
+"""What to do where a run would go on as another one."""
+DATA = ("tokenizer", "digest")
+"""Facts of the data without which a run is another one."""
 IGNORED = ("run.directory",)
 """Where a run lies is not what it is."""
 
@@ -60,6 +64,18 @@ def since(path: Path, recipe: Recipe, plugins: Plugins) -> list[Change]:
     return between(before, now)
 
 
+def data_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint keeps of the data that it was trained on, from `Data.facts`."""
+    return {key: str(facts[key]) for key in DATA if key in facts}
+
+
+def of_data(saved: Mapping[str, str], facts: Mapping[str, Any]) -> list[Change]:
+    """How the data is other than what a checkpoint kept of it; nothing where either doesn't tell."""
+    now = data_of(facts)
+    differing = (key for key in saved if key in now and saved[key] != now[key])
+    return [Change(f"data {key}", saved[key], now[key]) for key in differing]
+
+
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         for name, inner in value.items():
@@ -76,4 +92,4 @@ def _sources(lock: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-__all__ = ["ABSENT", "Change", "between", "of_run", "since"]
+__all__ = ["ABSENT", "Change", "between", "data_of", "of_data", "of_run", "since"]

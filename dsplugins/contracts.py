@@ -200,7 +200,8 @@ class Data(Protocol):
     """Token ids are below this."""
     facts: Mapping[str, Any]
     """What to show at the start: files, bytes, tokens of each split. Of `validation_bytes` and
-    `validation_tokens`, where they are there, bits per byte are made."""
+    `validation_tokens`, where they are there, bits per byte are made. Each checkpoint keeps `digest` and
+    `tokenizer`, and a run goes on with others only where that is accepted."""
 
     def train(self, index: int) -> torch.Tensor:
         """Training sample `index`, any from 0 on: int64 [S + 1]. Pure: same index, same tokens."""

@@ -12,6 +12,7 @@ from dsplugins.quiet import quiet
 
 if TYPE_CHECKING:
     from dsplugins.assemble import Assembly
+    from dsplugins.checkpoint.store import Checkpoint
     from dsplugins.recipe import Recipe
 
 
@@ -37,22 +38,23 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
 
     with blame.named(plugins):
         run = assemble(recipe, plan, plugins, platform, device)
-        path, done, told = _load_weights(run, directory / "checkpoints", step)
-        evaluation = evaluate(run, done)
+        found, told = _load_weights(run, directory / "checkpoints", step)
+        evaluation = evaluate(run, found.step)
+    other_data = map(str, changes.of_data(found.manifest().get("data", {}), run.data.facts))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return {
-        "checkpoint": str(path),
+        "checkpoint": str(found.path),
         **vars(evaluation),
         "sequences_asked": plan.evaluate.sequences,
         "baselines": dict(run.data.baselines()),
-        "differences": [str(change) for change in changes.since(directory, recipe, plugins)],
+        "differences": [*map(str, changes.since(directory, recipe, plugins)), *other_data],
         "damaged": told,
     }
 
 
-def _load_weights(run: Assembly, folder: Path, step: int | None) -> tuple[Path, int, list[str]]:
-    """Fill the model; path and step of the checkpoint, and what was wrong with newer ones."""
+def _load_weights(run: Assembly, folder: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
+    """Fill the model; the checkpoint, and what was wrong with newer ones."""
     import torch
 
     from dsplugins.checkpoint import store
@@ -63,10 +65,10 @@ def _load_weights(run: Assembly, folder: Path, step: int | None) -> tuple[Path, 
     if found is None:
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         there = ", ".join(str(each.step) for each in store.finished(folder)) or "none"
-        raise EnvironmentUnfit(f"{folder} holds {wanted} that is whole (steps there: {there}); {told}")
+        raise EnvironmentUnfit("; ".join([f"{folder} holds {wanted} that is whole (steps: {there})", *told]))
     weights = [piece for piece in pieces(run.chunks, run.optimizer) if piece.name.startswith("weights/")]
     store.load(found, weights, group)
-    return found.path, found.step, told
+    return found, told
 
 
 __all__ = ["examine"]

@@ -32,7 +32,7 @@ class GradientChain:
 
     def __str__(self) -> str:
         first = getattr(self.finalize_grads, "__name__", type(self.finalize_grads).__name__)
-        return f"{first} -> router counts and bias update"
+        return " -> ".join(filter(None, [first, str(self.balance)]))
 
 
 def gradients_finite(chunks: Sequence[Any]) -> bool:

@@ -155,8 +155,10 @@ def choose(recipe: Recipe) -> Plugins:
             chosen += [item] if item else []
     failed = {p.key.split(".")[1] for p in problems if p.key.startswith("plugins.")}
     problems += _ownership(chosen)
-    problems += _empty_slots(recipe, chosen, everyone, failed)
-    problems += _declarations(chosen)
+    empty = _empty_slots(recipe, chosen, everyone, failed)
+    for slot in empty:
+        problems.append(Problem(f"slot {slot} is empty", "plugins", _fill(slot, everyone)))
+    problems += _declarations(chosen, everyone, empty)
     if problems:
         raise RecipeError(problems)
     return Plugins(chosen)
@@ -272,7 +274,8 @@ def _ownership(chosen: Sequence[Chosen]) -> Iterable[Problem]:
 
 def _empty_slots(
     recipe: Recipe, chosen: Sequence[Chosen], everyone: Sequence[Offer], failed: set[str]
-) -> Iterable[Problem]:
+) -> list[str]:
+    """Those that the model needs and nobody fills."""
     needed, model = list(REQUIRED), recipe.sections.get("model", {})
     if model.get("num_moe_experts"):
         needed += REQUIRED_BY_MOE
@@ -281,19 +284,25 @@ def _empty_slots(
     filled = {item.slot for item in chosen}
     # A plugin that was named but is broken is one problem, not two.
     filled |= {offer.slot for offer in everyone if offer.name in failed}
-    for slot in needed:
-        if slot not in filled:
-            offered = ", ".join(offer.name for offer in everyone if offer.slot == slot)
-            yield Problem(f"slot {slot} is empty", "plugins", f"name one under plugins: {offered}")
+    return [slot for slot in needed if slot not in filled]
 
 
-def _declarations(chosen: Sequence[Chosen]) -> Iterable[Problem]:
+def _fill(slot: str, everyone: Sequence[Offer]) -> str:
+    offered = ", ".join(offer.name for offer in everyone if offer.slot == slot)
+    return f"name one under plugins: {offered}"
+
+
+def _declarations(
+    chosen: Sequence[Chosen], everyone: Sequence[Offer], empty: Collection[str]
+) -> Iterable[Problem]:
+    """What plugins require and exclude. A slot that is told to be `empty` is one problem, not two."""
     names = {item.name for item in chosen} | {item.slot for item in chosen}
     for item in chosen:
         key = f"plugins.{item.name}"
         for other in getattr(item.plugin, "requires", ()):
-            if other not in names:
-                yield Problem(f"{key}: requires {other}", key, f"name {other} under plugins")
+            if other not in names and other not in empty:
+                remedy = _fill(other, everyone) if other in SLOTS else f"name {other} under plugins"
+                yield Problem(f"{key}: requires {other}", key, remedy)
         for other in getattr(item.plugin, "conflicts", ()):
             if other in names:
                 yield Problem(f"{key}: conflicts with {other}", key, f"drop one: `{other}: null`")

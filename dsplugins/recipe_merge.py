@@ -172,7 +172,9 @@ def _base(name: str, path: Path, place: str, problems: list[Problem]) -> Path | 
     folders = (path.parent, recipe_folder())
     found = next((folder / name for folder in folders if (folder / name).is_file()), None)
     if found is None:
-        near = difflib.get_close_matches(name, [p.name for f in folders for p in f.glob("*.yaml")], n=1)
+        depths = ("*.yaml", "*/*.yaml")
+        names = [str(p.relative_to(f)) for f in folders for depth in depths for p in f.glob(depth)]
+        near = difflib.get_close_matches(name, names, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"looked in {' and '.join(map(shown_path, folders))}"
         problems.append(Problem(f"extends: {name}: there is no such file", "extends", remedy, place))
     return found

@@ -47,6 +47,11 @@ class Balance:
         """[L, E], this step's, of this rank's layers only; summed over TP x CP x DP."""
         self.aux = torch.zeros((), dtype=torch.float64, device=device)
 
+    def __str__(self) -> str:
+        """What is done each step, of what this rank sees; nothing without experts."""
+        moves = any(hasattr(router, "update_bias") for _, router in self.routers)
+        return ("router counts and bias update" if moves else "router counts") if self.names else ""
+
     @torch.no_grad()
     def __call__(self, move: bool = True) -> None:
         """Once a step, after gradients are final; biases stay where they are unless `move`."""

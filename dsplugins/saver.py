@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from dsplugins import changes
 from dsplugins.checkpoint import store
 from dsplugins.checkpoint.pieces import Piece, optimizer_steps, pieces, set_optimizer_steps
-from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.contracts import EnvironmentUnfit, Problem, RecipeError
 from dsplugins.failures import HookFailure
 from dsplugins.model import gather_weights
 from dsplugins.rundir import versions
@@ -43,11 +44,12 @@ class Saver:
         states = run.plugins.event("ds_state")
         self._states: dict[str, PluginState] = {name: state for name, state in states if state is not None}
 
-    def resume(self, fresh: bool = False) -> tuple[Progress, list[str]]:
+    def resume(self, fresh: bool = False, accept: bool = False) -> tuple[Progress, list[str]]:
         """Fill the assembly from the newest good checkpoint; where the run stands, and what to tell.
 
         Collective. Without a checkpoint the run stands at its start; `fresh` removes those that are there.
-        Raises EnvironmentUnfit where that can't be done, and where there are checkpoints and none is whole.
+        Raises EnvironmentUnfit where that can't be done, and where there are checkpoints and none is whole;
+        RecipeError where the data is other than the checkpoint's, unless `accept`.
         """
         self._first(lambda: shutil.rmtree(self._folder) if fresh and self._folder.exists() else None)
         if fresh:
@@ -58,15 +60,24 @@ class Saver:
             raise EnvironmentUnfit(f"{'; '.join(told)}; mend one, or start over with --fresh")
         if found is None:
             return Progress(), told
-        step = found.step
+        step, facts = found.step, found.manifest()
+        told += self._other_data(found, facts.get("data", {}), accept)
         self._first(lambda: store.set_aside(self._folder, step))
         if left := store.load(found, self._pieces(), self._group):
             told.append(f"left out, since this model has no such thing: {_listed(left)} of {found.path.name}")
-        facts = found.manifest()
         set_optimizer_steps(self._run.chunks, self._run.optimizer, facts["optimizer_steps"])
         self._step = found.step
         told += self._give_back(found, facts["plugins"])
         return Progress(**facts["progress"]), [*told, f"resumed from {found.path}"]
+
+    def _other_data(self, found: store.Checkpoint, saved: dict[str, str], accept: bool) -> list[str]:
+        """What is told of data that is accepted."""
+        differing = changes.of_data(saved, self._run.data.facts)
+        if differing and not accept:
+            key, remedy = f"plugins.{self._run.plan.slots['data']}", changes.REMEDY
+            said = (f"{found.path} was trained on other data: {change}" for change in differing)
+            raise RecipeError([Problem(each, key, remedy) for each in said])
+        return [f"accepted: {change}" for change in differing]
 
     def _first(self, work: Callable[[], object]) -> None:
         """Let rank 0 do something to the folder; what goes wrong there is raised on all ranks."""
@@ -111,6 +122,7 @@ class Saver:
             "progress": vars(progress),
             "optimizer_steps": optimizer_steps(self._run.chunks, self._run.optimizer),
             "layout": vars(self._run.plan.layout),
+            "data": changes.data_of(self._run.data.facts),
             "plugins": {name: _state(name, state) for name, state in self._states.items()},
             "versions": versions(),
         }

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from dsplugins.step import Progress
 
 
-def train(recipe: Recipe, fresh: bool = False) -> None:
-    """One rank of a run, from where its directory stands, or from the start if `fresh`.
+def train(recipe: Recipe, fresh: bool = False, accept: bool = False) -> None:
+    """One rank of a run, from where its directory stands, or from the start if `fresh`; on data that isn't
+    that of its checkpoint if `accept`.
 
     Expects torchrun's environment variables. Raises Stopped when a signal ended the run early.
     """
@@ -50,7 +51,7 @@ def train(recipe: Recipe, fresh: bool = False) -> None:
         directory = RunDirectory(Path(plan.run.directory))
         with _alone(directory), Wishes().heard() as wishes, blame.named(plugins):
             run = assemble(recipe, plan, plugins, platform, device)
-            Loop(run, directory, display, wishes).run(recipe, fresh)
+            Loop(run, directory, display, wishes).run(recipe, fresh, accept)
     finally:
         display.stop_bar()
 
@@ -91,13 +92,13 @@ class Loop:
         self.baselines = dict(run.data.baselines()) if run.plan.evaluate.sequences else {}
         self.evaluation: Evaluation | None = None
 
-    def run(self, recipe: Recipe, fresh: bool = False) -> None:
+    def run(self, recipe: Recipe, fresh: bool = False, accept: bool = False) -> None:
         """Train to the end of the recipe, look at the result, and leave the process group.
 
         Goes on from the newest good checkpoint. Raises Stopped when a signal asked for it: the step is
         finished then and a checkpoint written.
         """
-        progress = self._begin(recipe, fresh)
+        progress = self._begin(recipe, fresh, accept)
         self.display.bar(self.plan.train.steps or 0)
         progress = self._steps(progress)
         self.display.stop_bar()
@@ -143,11 +144,11 @@ class Loop:
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)
 
-    def _begin(self, recipe: Recipe, fresh: bool) -> Progress:
+    def _begin(self, recipe: Recipe, fresh: bool, accept: bool) -> Progress:
         """Where the run stands, with the state that belongs to it; what is to be seen first is shown."""
         from dsplugins.audit import audit, describe_run
 
-        progress, told = self.saver.resume(fresh)
+        progress, told = self.saver.resume(fresh, accept)
         if progress.steps:
             audit(self.assembly)  # once more: what was loaded has kept its number formats
         if self.leads and progress.steps:
@@ -213,7 +214,7 @@ class Loop:
         if stop:
             self.saver.close()
             at = f"step {progress.steps}, saved in {self.saver.newest()}"
-            raise Stopped(f"stopped by {signal.Signals(number).name} after {at}")
+            raise Stopped(f"stopped by {signal.Signals(number).name} after {at}; the same command goes on")
 
     def _facts(self) -> dict[str, str]:
         """What the opening tells beside the plugins; collective."""
@@ -222,8 +223,9 @@ class Loop:
         run = self.assembly
         total, activated = counts.parameters(run.settings.model, run.chunks)
         batch = int(self.plan.train.global_batch.at(0, 0))
+        parts = "MTP, embedding and head" if self.plugins.owner("mtp") else "embedding and head"
         return {
-            "parameters": f"{total:,} total, {activated:,} activated a token (with MTP, embedding and head)",
+            "parameters": f"{total:,} total, {activated:,} activated a token (with {parts})",
             "tokens a step": f"{batch * self.plan.data.seq_length:,} at the start",
             "gradients": str(run.chain),
             **({"environment": ", ".join(needs)} if (needs := environment.told(self.plugins)) else {}),

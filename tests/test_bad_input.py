@@ -288,6 +288,16 @@ def test_what_this_machine_lacks_has_another_code(tmp_path):
     assert "platform cuda needs 1 GPUs on this machine, torch sees 0: " in done.stderr.splitlines()[0]
 
 
+def test_an_empty_slot_is_one_problem_whoever_requires_it():
+    (problem,) = problems_of(TINY, "plugins.aux_free=null", "plugins.expert_load={}")
+    assert problem.message == "slot router is empty" and "aux_free, aux_loss" in problem.remedy
+
+
+def test_a_misspelt_base_in_another_folder_is_found(tmp_path):
+    file = write(tmp_path, "extends: [deepseek_v3/tiny_cpi.yaml]\n")
+    assert problems_of(file)[0].remedy == "did you mean deepseek_v3/tiny_cpu.yaml?"
+
+
 def test_missing_corpora_are_all_named_before_a_process_is_started(tmp_path):
     corpora = "plugins.indexed={train: [a, b], validation: [c]}"
     done = train(tmp_path, TINY, "plugins.python_source=null", corpora, "run.directory=out")

@@ -140,5 +140,5 @@ def test_what_is_not_there_is_said(run, workers, tmp_path):
     assert [problem.remedy for problem in unseen.exception.problems] == [
         "give evaluate.sequences=64 on the command line"
     ]
-    with pytest.raises(Exception, match="no checkpoint of step 4 that is whole .steps there: 5, 3."):
+    with pytest.raises(Exception, match="no checkpoint of step 4 that is whole .steps: 5, 3."):
         workers(2).run(examine_here, str(run), ["parallel.expert=2"], 4)

@@ -113,7 +113,8 @@ def writes(single, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "gather_weights", lambda *some: None)
     options = SimpleNamespace(asynchronous=True, keep=1, keep_every=0, every=0, minutes=0.0)
     plan = SimpleNamespace(save=options, run=SimpleNamespace(timeout_minutes=1.0), layout=SimpleNamespace())
-    run = Model(plan=plan, rank=0, chunks=[], optimizer=None, plugins=SimpleNamespace(event=lambda name: []))
+    plugins, data = SimpleNamespace(event=lambda name: []), SimpleNamespace(facts={})
+    run = Model(plan=plan, rank=0, chunks=[], optimizer=None, plugins=plugins, data=data)
     made = module.Saver(run, tmp_path)
     yield made, asked, failing
     made._writer.shutdown()

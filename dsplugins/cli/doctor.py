@@ -16,7 +16,7 @@ from dsplugins.cli.columns import columns
 from dsplugins.cli.machine import row
 from dsplugins.cli.waiting import waiting
 
-EXTRAS = ("te", "hf", "plot", "tensorboard")
+EXTRAS = ("te", "hf", "data", "plot", "tensorboard")
 """Extras that a recipe may need, as opposed to those for working on dsplugins itself."""
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
 @click.option("--fresh", is_flag=True, help="Start over in the recipe's run directory.")
-@click.option("--accept-changes", is_flag=True, help="Go on although recipe or plugins have changed.")
+@click.option("--accept-changes", is_flag=True, help="Go on although recipe, plugins or data have changed.")
 def command(recipe: str, overrides: tuple[str, ...], fresh: bool, accept_changes: bool) -> None:
     """Train RECIPE; overrides are dot keys, such as train.steps=10.
 
@@ -38,7 +38,7 @@ def command(recipe: str, overrides: tuple[str, ...], fresh: bool, accept_changes
     if rank.inside_torchrun():
         _one_rank(loaded, fresh, accept_changes)
     else:
-        again = ["--fresh"] if fresh else []
+        again = ["--fresh"] * fresh + ["--accept-changes"] * accept_changes
         _all_ranks(loaded, ["train", *again, recipe, *overrides], fresh, accept_changes)
 
 
@@ -55,7 +55,7 @@ def _one_rank(recipe: Recipe, fresh: bool, accept: bool) -> None:
             return
         from dsplugins.train import train
 
-        train(recipe, fresh)
+        train(recipe, fresh, accept)
     except Exception as error:
         if run is None:
             raise
@@ -145,10 +145,9 @@ def _complete(run: RunDirectory, recipe: Recipe, plugins: Plugins, fresh: bool, 
         return False
     differences = changes.since(run.path, recipe, plugins)
     if differences and not accept:
-        remedy = "--accept-changes goes on with it, --fresh starts over, run.directory=... begins beside it"
         raise RecipeError(
             recipe.located(
-                Problem(f"{run.path} holds a run with another {each}", each.key, remedy)
+                Problem(f"{run.path} holds a run with another {each}", each.key, changes.REMEDY)
                 for each in differences
             )
         )

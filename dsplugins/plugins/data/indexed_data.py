@@ -111,6 +111,7 @@ class IndexedData:
         told = (f"{name} ({share:.4g})" for name, share in zip(names, shares, strict=True))
         facts: dict[str, Any] = {
             "source": " + ".join(told if weights else names),
+            "tokenizer": self._tokenizer.sha256[:12],
             "train_documents": sum(end - begin for begin, end in (p.part.bounds for p in self._train)),
             "train_tokens": sum(passes.part.tokens for passes in self._train),
             "validation_samples": self.validation_size,
