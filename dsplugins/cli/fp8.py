@@ -14,12 +14,12 @@ from dsplugins.cli.experiment_runs import folder, needs_matplotlib, train_all
 @click.command("fp8")
 @click.argument("overrides", nargs=-1)
 @click.option(
-    "--steps", default=80, show_default=True, type=click.IntRange(min=10), help="Steps of each run."
+    "--steps", default=100, show_default=True, type=click.IntRange(min=10), help="Steps of each run."
 )
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(min=1, max=10), help="Runs of each way."
 )
-@click.option("--peak", default=1.0e-4, show_default=True, type=float, help="Of the learning rate.")
+@click.option("--peak", default=5.0e-5, show_default=True, type=float, help="Of the learning rate.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Runs side by side.")
 @click.option(
     "--out",
@@ -37,6 +37,7 @@ from dsplugins.cli.experiment_runs import folder, needs_matplotlib, train_all
 @click.option(
     "--why", is_flag=True, help="Also train the ways that explain the result, into fp8_why.json and .png."
 )
+@click.option("--name", help="Of the record and the picture, instead of fp8 or fp8_why.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
 def fp8(
     overrides: tuple[str, ...],
@@ -47,6 +48,7 @@ def fp8(
     out: Path,
     kept: Path | None,
     why: bool,
+    name: str | None,
     as_json: bool,
 ) -> None:
     """Compare what is learned in FP8 (fp8_v3), in BF16, and in BF16 from weights one ulp away.
@@ -67,11 +69,12 @@ def fp8(
         at_once, moved = experiment.direct(where), experiment.moved(where)
         measured = [experiment.measure(way, seed, where / run.name) for way, seed, run in planned]
     found = {**experiment.results(measured, steps, overrides), "direct": at_once, "moved": moved}
-    name = "fp8_why" if why else "fp8"
+    named = name or ("fp8_why" if why else "fp8")
     line = ["dsplugins", "experiment", "fp8", "--steps", str(steps), "--seeds", str(seeds)]
     line += ["--peak", f"{peak:g}"] if peak != experiment.PEAK else []
+    line += ["--name", name] if name else []
     asked = [*(["--why"] if why else []), *map(shlex.quote, overrides)]
-    path = records.write(out, name, [*line, *asked], found)
+    path = records.write(out, named, [*line, *asked], found)
     draw(measured, path.with_suffix(".png"))
     click.echo(path.read_text() if as_json else _page(found, path), nl=not as_json)
     raise SystemExit(0 if found["holds"] else 1)

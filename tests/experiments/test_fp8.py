@@ -124,7 +124,7 @@ def test_the_recipe_s_schedule_stretches_with_the_steps():
 
     train = Recipe.load("experiments/fp8.yaml", []).sections["train"]
     assert train["learning_rate"] == learning_rate(train["steps"])
-    assert learning_rate(80, 5e-5)[1]["value"] == 5e-5
+    assert learning_rate(80, 1e-4)[1]["value"] == 1e-4
     assert [piece["until"] for piece in learning_rate(80)] == ["16 steps", "40 steps", "80 steps"]
 
 
@@ -206,7 +206,7 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
             (folder / "metrics.jsonl").write_text("".join(rows))
             (folder / "run.json").write_text(json.dumps({"evaluation": {"loss": 2.0}}))
 
-    looks = []
+    looks: list[tuple[str, ...]] = []
 
     def look(folder, overrides):
         looks.append((folder.name, *overrides))
@@ -229,6 +229,10 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch):
     assert record["results"]["moved"] == come
     plain = ("bf16_1", "evaluate.sequences=256")
     assert looks == [plain, (*plain, *WAYS["fp8_v3"])]
+    named = ["fp8", "--steps", "30", "--name", "fp8_mine", "--out", str(tmp_path)]
+    assert CliRunner().invoke(command, named).exit_code == 0
+    record = json.loads((tmp_path / "fp8_mine.json").read_text())
+    assert record["command"] == "dsplugins experiment fp8 --steps 30 --seeds 3 --name fp8_mine"
     done = CliRunner().invoke(command, ["fp8", "--why", "--steps", "30", "--out", str(tmp_path)])
     assert done.exit_code == 0 and "fp8_why.png beside it" in done.output
     record = json.loads((tmp_path / "fp8_why.json").read_text())
