@@ -36,7 +36,7 @@ def unknown_fields(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Proble
 
 
 class Source(str):
-    """A default that is no plain value, as megatron-core's source text has it."""
+    """A text to be shown as it stands, such as a default that is no plain value."""
 
 
 def known_fields(section: str) -> frozenset[str]:

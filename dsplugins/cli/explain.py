@@ -78,9 +78,10 @@ def _slots(plugins: Plugins) -> Iterator[Row]:
 
 def _environment(plugins: Plugins) -> Iterator[Row]:
     from dsplugins.environment import declared
+    from dsplugins.megatron_fields import Source
 
     for plugin, name, value in declared(plugins):
-        yield f"environment.{name}", value, f"plugin {plugin}"
+        yield f"environment.{name}", Source(value), f"plugin {plugin}"
 
 
 def _sections(recipe: Recipe, plan: Plan) -> Iterator[Row]:
