@@ -39,8 +39,6 @@ def built_with(plugins: Plugins) -> Iterator[None]:
     """What megatron-core raises while it builds tells which parts are of other packages."""
     try:
         yield
-    except SAID:
-        raise
     except Exception as error:
         if guests := plugins.guests():
             error.add_note(f"while the model was built, with parts by {', '.join(guests)}")

@@ -21,7 +21,7 @@ from dsplugins import hookspecs
 from dsplugins.contracts import CONTRACT, SLOTS, Problem, RecipeError
 from dsplugins.environment import contradictions
 from dsplugins.failures import HookFailure
-from dsplugins.offers import GROUP, OWN, NoOffer, Offer, offers, resolve
+from dsplugins.offers import GROUP, OWN, NoOffer, Offer, offers, qualified, resolve
 from dsplugins.typed import build
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _empty_slots(
         needed.append("mtp")
     filled = {item.slot for item in chosen}
     # A plugin that was named but is broken is one problem, not two.
-    filled |= {offer.slot for offer in everyone if offer.name in failed}
+    filled |= {offer.slot for offer in everyone if not failed.isdisjoint((offer.name, qualified(offer)))}
     return [slot for slot in needed if slot not in filled]
 
 

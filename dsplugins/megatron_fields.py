@@ -15,6 +15,7 @@ from typing import Any
 
 from dsplugins.contracts import EnvironmentUnfit, Problem
 from dsplugins.typed import unknown
+from dsplugins.words import Verbatim
 
 SOURCES = {
     "model": ("MLATransformerConfig", ("model_parallel_config.py", "transformer/transformer_config.py")),
@@ -33,10 +34,6 @@ def unknown_fields(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[Proble
         for key in sections.get(section, {}):
             if key not in known:
                 yield unknown(key, known, section, f"megatron-core's {name}")
-
-
-class Source(str):
-    """A text to be shown as it stands, such as a default that is no plain value."""
 
 
 def known_fields(section: str) -> frozenset[str]:
@@ -82,11 +79,11 @@ def _fields(name: str, classes: Mapping[str, ast.ClassDef]) -> Iterator[tuple[st
 
 def _default(expression: ast.expr | None) -> Any:
     if expression is None:
-        return Source("none: it must be given")
+        return Verbatim("none: it must be given")
     try:
         return ast.literal_eval(expression)
     except ValueError:
-        return Source(ast.unparse(expression))
+        return Verbatim(ast.unparse(expression))
 
 
-__all__ = ["SOURCES", "Source", "defaults", "field_names", "known_fields", "unknown_fields"]
+__all__ = ["SOURCES", "defaults", "field_names", "known_fields", "unknown_fields"]

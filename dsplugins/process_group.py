@@ -44,8 +44,13 @@ def lacking(plan: Plan, plugins: Plugins, processes: int) -> list[Problem]:
     """
     platform: Platform = plugins.slot("platform", plan=plan)
     devices = list(platform.problems(1)) or list(platform.problems(processes))
+    return [*devices, *missing(plan, plugins)]
+
+
+def missing(plan: Plan, plugins: Plugins) -> list[Problem]:
+    """What the plugins themselves miss here."""
     asked = plugins.event("ds_here", plan=plan)
-    return devices + [problem for _, found in asked for problem in found or ()]
+    return [problem for _, found in asked for problem in found or ()]
 
 
 def stand(plan: Plan, plugins: Plugins) -> tuple[Platform, torch.device]:

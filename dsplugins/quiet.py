@@ -16,6 +16,7 @@ KNOWN = (
     r"MimoModelConfig is experimental",  # imported by core, not used
     r"The \.grad attribute of a Tensor that is not a leaf",  # core looks at shards of the master weights
     r"Could not determine rank from torch\.distributed",  # outside of a run: there is one process
+    r"torch\.distributed is disabled, unavailable or uninitialized",  # a checkpoint is read outside of a run
     r"`torch\.distributed\.\w+` is deprecated",  # core's calls
 )
 """Beginnings of messages, as regular expressions."""

@@ -1,6 +1,10 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and text to be shown as it stands."""
 
 from __future__ import annotations
+
+
+class Verbatim(str):
+    """No value that YAML would write its own way: shown as it stands."""
 
 
 def size(count: float) -> str:
@@ -22,4 +26,4 @@ def duration(seconds: float) -> str:
     return " ".join(units[:2]) or "0 s"
 
 
-__all__ = ["duration", "size"]
+__all__ = ["Verbatim", "duration", "size"]

@@ -218,6 +218,7 @@ def test_a_plugin_that_fails_to_import(tmp_path, monkeypatch):
     (tmp_path / "fine.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     problems = problems_of(TINY, "plugins.broken={}", "plugins.no_class={}", "train.stepz=1")
+    assert not any("is empty" in p.message for p in problems_of(TINY, "plugins.broken/broken={}"))
     said = [p.message for p in problems]
     lacks = "ModuleNotFoundError: No module named 'no_such_library'"
     assert f"plugins.broken: broken can't be imported: {lacks}" in said

@@ -8,7 +8,8 @@ import pytest
 
 from dsplugins import megatron_fields
 from dsplugins.contracts import EnvironmentUnfit
-from dsplugins.megatron_fields import Source, defaults, field_names, unknown_fields
+from dsplugins.megatron_fields import defaults, field_names, unknown_fields
+from dsplugins.words import Verbatim
 
 
 def test_every_field_and_no_other():
@@ -24,7 +25,7 @@ def test_every_field_and_no_other():
     for section, cls in built.items():
         assert megatron_fields.SOURCES[section][0] == cls.__name__
         assert field_names(section) == {field.name for field in fields(cls) if field.init}
-        plain = {name: value for name, value in defaults(section).items() if not isinstance(value, Source)}
+        plain = {name: value for name, value in defaults(section).items() if not isinstance(value, Verbatim)}
         assert plain and plain == {field.name: field.default for field in fields(cls) if field.name in plain}
 
 

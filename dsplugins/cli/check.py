@@ -53,6 +53,7 @@ def _findings(recipe: str, overrides: Sequence[str], here: bool) -> dict[str, An
 
     Raises ChildFailed where one of them crashed, or a plugin in it.
     """
+    from dsplugins import process_group
     from dsplugins.cli import child, exits
     from dsplugins.cli.waiting import waiting
     from dsplugins.contracts import Problem, RecipeError
@@ -73,8 +74,7 @@ def _findings(recipe: str, overrides: Sequence[str], here: bool) -> dict[str, An
     if "failed" in meta:
         calls = f"\n{meta['calls']}" if exits.DEBUG in os.environ else " (dsplugins --debug shows the calls)"
         raise child.ChildFailed(f"{meta['failed']}{calls}")
-    asked = plugins.event("ds_here", plan=plan)
-    problems = loaded.located([problem for _, said in asked for problem in said or ()])
+    problems = loaded.located(process_group.missing(plan, plugins))
     problems += [Problem(**fields) for fields in meta.pop("problems")]
     found |= _plan(plan) | (meta.pop("built") or {})
     if machine:

@@ -74,9 +74,8 @@ def message_of(error: Exception, calls: Path | None = None) -> str:
     if isinstance(error, EnvironmentUnfit):
         return f"this machine can't run it: {error}"
     if isinstance(error, PluginFailure) and DEBUG not in os.environ:
-        return (
-            f"{reason_of(error)} ({f'all calls: {calls}' if calls else 'dsplugins --debug shows the calls'})"
-        )
+        shown = f"all calls: {calls}" if calls else "dsplugins --debug shows the calls"
+        return f"{reason_of(error)} ({shown})"
     return f"{calls_of(error)}{_rank()}{error}"
 
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-Row = tuple[str, Any, str]
-"""Dotted key, value, who wrote it."""
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dsplugins.contracts import Plan
     from dsplugins.manager import Plugins
     from dsplugins.recipe import Recipe
+
+Row = tuple[str, Any, str]
+"""Dotted key, value, who wrote it."""
 
 
 @click.command("explain")
@@ -78,10 +78,10 @@ def _slots(plugins: Plugins) -> Iterator[Row]:
 
 def _environment(plugins: Plugins) -> Iterator[Row]:
     from dsplugins.environment import declared
-    from dsplugins.megatron_fields import Source
+    from dsplugins.words import Verbatim
 
     for plugin, name, value in declared(plugins):
-        yield f"environment.{name}", Source(value), f"plugin {plugin}"
+        yield f"environment.{name}", Verbatim(value), f"plugin {plugin}"
 
 
 def _sections(recipe: Recipe, plan: Plan) -> Iterator[Row]:
@@ -124,13 +124,13 @@ def _plain(value: Any) -> Any:
 
 
 def _yaml(value: Any) -> str:
-    """In one line as a recipe would have it; a schedule in words, and source text as it stands."""
+    """In one line as a recipe would have it; a schedule in words."""
     import yaml
 
-    from dsplugins.megatron_fields import Source
     from dsplugins.schedules import Schedule
+    from dsplugins.words import Verbatim
 
-    if isinstance(value, Schedule | Source):
+    if isinstance(value, Schedule | Verbatim):
         return str(value)
     text = yaml.safe_dump(_plain(value), default_flow_style=True, width=float("inf"), sort_keys=False)
     return text.removesuffix("...\n").rstrip("\n")
