@@ -56,7 +56,8 @@ def assemble(
     settled = settings.settle(plan, plugins, recipe)
     data: Data = plugins.slot("data", plan=plan)
     _check_data(plan, settled, data)
-    model.start_groups(plan.layout, plan.train.seed, plan.run.timeout_minutes)
+    placed = settled.model.pipeline_model_parallel_layout
+    model.start_groups(plan.layout, plan.train.seed, placed, plan.run.timeout_minutes)
     schedule = plugins.slot("schedule", plan=plan)
     with blame.built_with(plugins):
         chunks = model.build(plan, settled, plugins, device)

@@ -173,11 +173,13 @@ class Platform(Protocol):
 
 
 class PipelineSchedule(Protocol):
-    """Owner of the schedule slot: how many chunks a rank holds, and in which order they run.
+    """Owner of the schedule slot: how many chunks a rank holds, where layers stand, in which order they run.
 
     Layers are placed by megatron-core's `model.pipeline_model_parallel_layout`, which a schedule may write
-    through `ds_settings`: stages in their order, chunk by chunk. One in which the first and the last stage
-    share a rank (DualPipeV's) core can't express; the slot can't yet, either.
+    through `ds_settings`: stages in their order, chunk by chunk, or for any other order an instance of its
+    own subclass of `PipelineParallelLayerLayout`. Embedding, head and MTP are built where it has them, also
+    on one rank (DualPipeV's): then `forward_backward` carries what stages hand on, and `finalize_grads` sums
+    the gradients of embedding copies that share a rank, as `tests/plugins/schedule/v_shape.py` does.
     """
 
     chunks: int

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from dsplugins import weights
+from dsplugins import placement, weights
 from dsplugins.failures import HookFailure, PluginFailure
 
 if TYPE_CHECKING:
@@ -195,8 +195,11 @@ def _slice(
     )
 
 
-def start_groups(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> None:
-    """Make megatron-core's process groups and seed its random states."""
+def start_groups(layout: Layout, seed: int, placed: Any = None, timeout_minutes: float = 30.0) -> None:
+    """Make megatron-core's process groups and seed its random states.
+
+    `placed` is the configuration's `pipeline_model_parallel_layout`, if any.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -205,6 +208,7 @@ def start_groups(layout: Layout, seed: int, timeout_minutes: float = 30.0) -> No
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
+        get_embedding_ranks=None if placed is None else placement.embedding_ranks(placed),
         distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -247,8 +251,8 @@ def _chunk(
     model: Any = factory(
         decoder=_slice(config, whole, vp_stage),
         mtp=mtp() if mtp is not None and predicts else None,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        pre_process=placement.embeds(config, vp_stage),
+        post_process=placement.has_head(config, vp_stage),
         vp_stage=vp_stage,
     )
     model.model_type = getattr(model, "model_type", None)

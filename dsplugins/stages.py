@@ -76,16 +76,16 @@ def build_all(recipe: Recipe, plan: Plan, plugins: Plugins) -> Found:
     standing: list[str] = []
     differing: list[tuple[str, str]] = []
     for number in range(plan.layout.pipeline):
-        with _pretended(plan, number):
-            stage = _stage(recipe, plan, plugins, found.problems)
+        settled = settings.construct(plan, plugins, recipe)
+        with _pretended(plan, number, settled):
+            stage = _stage(recipe, plan, plugins, settled, found.problems)
             if stage is None:
                 return found
             differing += audit.of_stage(stage)
             found.counts += counts.of_stage(stage.chunks)
             found.rows += _rows(number, stage)
             found.chunks.append(stage.chunks)
-            standing += names(stage.settings.model, stage.chunks)
-            settled = stage.settings
+            standing += names(settled.model, stage.chunks)
     said = [*audit.gathered(differing), *misplaced(plan, settled, standing)]
     found.problems += map(difference, said)
     for _, problems in plugins.event("ds_check_built", plan=plan, stages=found.chunks):
@@ -94,14 +94,14 @@ def build_all(recipe: Recipe, plan: Plan, plugins: Plugins) -> Found:
 
 
 @contextmanager
-def _pretended(plan: Plan, stage: int) -> Iterator[None]:
+def _pretended(plan: Plan, stage: int, settled: Settings) -> Iterator[None]:
     """Be the first rank of a pipeline stage, among as many ranks as the recipe is for."""
     layout = plan.layout
     # Stages are megatron-core's slowest dimension: each is a block of neighbouring ranks.
     rank = stage * (layout.world_size // layout.pipeline)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
-        model.start_groups(layout, plan.train.seed)
+        model.start_groups(layout, plan.train.seed, settled.model.pipeline_model_parallel_layout)
         assert parallel_state.get_pipeline_model_parallel_rank() == stage
         yield
     finally:
@@ -109,9 +109,10 @@ def _pretended(plan: Plan, stage: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def _stage(recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem]) -> Stage | None:
+def _stage(
+    recipe: Recipe, plan: Plan, plugins: Plugins, settled: Settings, problems: list[Problem]
+) -> Stage | None:
     """This rank's chunks; None, and a problem, if megatron-core refuses to build them."""
-    settled = settings.construct(plan, plugins, recipe)
     config: Any = settled.model
     config.use_cpu_initialization = False
     config.perform_initialization = False

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
 from dsplugins.audit.ignored import ignored
 from dsplugins.schedules import Schedule
 from dsplugins.settings import SECTIONS, ledger
@@ -37,6 +39,9 @@ def held(run: Standing) -> Iterable[str]:
 
 
 def _plain(value: Any) -> Any:
+    """As values can be compared: core turns a list into a layout, and two of those are never equal."""
+    if isinstance(value, PipelineParallelLayerLayout):
+        return value.input_data
     return list(value) if isinstance(value, tuple) else value
 
 
