@@ -1,62 +1,87 @@
 """Compiles every kernel of `fp8_v3` for sm_90 down to a binary, without a GPU; prints what came out as JSON.
 
-A process of its own: Triton's interpreter, which other tests use, leaves its language changed.
+In the forms in which `casts` starts them: each choice of a constant, sizes and pointers of multiples of 16,
+as a backend's widths are, and any. A process of its own: Triton's interpreter, which other tests use, leaves
+its language changed.
 """
 
+import itertools
 import json
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dsplugins.plugins.precision.fp8 import kernels
+from dsplugins.plugins.precision.fp8 import casts, e5m6_kernels, kernels, swiglu_kernels
 
 TYPES = {
-    "x": "*bf16", "x_scales": "*fp32", "inner": "*bf16", "probs": "*fp32", "weight": "*bf16",
-    "codes": "*fp8e4nv",
+    "x": "*bf16", "x_scales": "*fp32", "inner": "*bf16", "inner_scales": "*fp32", "probs": "*fp32",
+    "weight": "*bf16", "dy": "*bf16", "dinner": "*bf16", "dprobs": "*fp32", "codes": "*fp8e4nv",
     "scales": "*fp32", "tiles": "*i64", "packed": "*u8", "y": "*bf16",
 }  # fmt: skip
-FORMS = {
-    "rows_kernel": [{"POWER_OF_TWO": False, "BLOCK": 32}],
-    "swiglu_rows_kernel": [
-        {"HAS_PROBS": probs, "POWER_OF_TWO": False, "BLOCK": 32} for probs in (False, True)
-    ],
-    "columns_kernel": [
-        {"QUANTISED": quantised, "POWER_OF_TWO": True, "BLOCK": 64} for quantised in (False, True)
-    ],
-    "e5m6_pack_kernel": [{"BLOCK": 32}],
-    "e5m6_unpack_kernel": [{"BLOCK": 32}],
-    "blocks_kernel": [{"POWER_OF_TWO": False, "TRANSPOSED": transposed} for transposed in (False, True)],
-}
+CHOICES = {
+    name: (False, True) for name in ("POWER_OF_TWO", "HAS_PROBS", "QUANTISED", "TRANSPOSED", "WORDS")
+} | {"NUMBERS": (tl.bfloat16, tl.float32)}
+OUTSIDE = ("x", "inner", "weight", "dy", "dinner")
+"""In BF16 above; in FP32 where `outside` is `fp32`."""
+OF_CODES = ("swiglu_columns_kernel", "swiglu_gradient_kernel")
+"""Their `inner` is codes."""
+ANY_SIZE = ("smallest",)
+"""Bits of a number, and no size."""
+WARPS = {"blocks_kernel": 8}
+"""As many as `casts` asks for; 4 elsewhere."""
 
 
-INPUTS = ("x", "inner", "weight")
-"""In BF16 above; in FP32 where `outside` is `fp32`, and of E5M6."""
+def block(name):
+    return casts.CHANNELS if "columns" in name else casts.TOKENS
 
 
-def compiled(kernel, constants, wide=False):
-    types = TYPES | ({"x": "*fp8e4nv"} if constants.get("QUANTISED") else {})
-    if wide:
-        types |= dict.fromkeys(INPUTS, "*fp32")
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
+def types(name, constants, wide):
+    found = TYPES | (dict.fromkeys(OUTSIDE, "*fp32") if wide else {})
+    if name in OF_CODES:
+        found["inner"] = "*fp8e4nv"
+    if constants.get("QUANTISED"):
+        found["x"] = "*fp8e4nv"
+    if constants.get("WORDS"):
+        found["packed"] = "*i32"
+    return found
+
+
+def compiled(kernel, constants, wide, aligned):
+    name = kernel.__name__
+    given = types(name, constants, wide)
+    signature = {arg: "constexpr" if arg in constants else given.get(arg, "i32") for arg in kernel.arg_names}
+    sixteens = {
+        (index,): [["tt.divisibility", 16]]
+        for index, arg in enumerate(kernel.arg_names)
+        if aligned and arg not in constants and arg not in ANY_SIZE
     }
-    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
-    return {"ptx": made.asm["ptx"], "cubin_bytes": len(made.asm["cubin"])}
+    source = ASTSource(kernel, signature, constants, sixteens)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS.get(name, 4)})
+    words = constants.get("WORDS", True)
+    return {"ptx": made.asm["ptx"], "cubin_bytes": len(made.asm["cubin"]), "aligned": aligned and words}
 
 
-there = {name: value for name, value in vars(kernels).items() if isinstance(value, JITFunction)}
+def forms(kernel):
+    """Every choice of constants, in BF16 with sizes of multiples of 16; the last one the other ways, too."""
+    names = [name for name in CHOICES if name in kernel.arg_names]
+    fixed = {"BLOCK": block(kernel.__name__)} if "BLOCK" in kernel.arg_names else {}
+    for chosen in itertools.product(*(CHOICES[name] for name in names)):
+        constants = dict(zip(names, chosen, strict=True)) | fixed
+        yield constants, False, True
+    yield constants, True, True
+    if not constants.get("WORDS"):
+        yield constants, False, False
+
+
+there = {
+    name: value
+    for module in (kernels, swiglu_kernels, e5m6_kernels)
+    for name, value in vars(module).items()
+    if isinstance(value, JITFunction) and name.endswith("_kernel")
+}
 print(
-    json.dumps(
-        {
-            name: [
-                compiled(kernel, constants, wide)
-                for constants in FORMS[name]
-                for wide in ((False,) if constants.get("QUANTISED") else (False, True))
-            ]
-            for name, kernel in there.items()
-            if name.endswith("_kernel")
-        }
-    )
+    json.dumps({name: [compiled(kernel, *form) for form in forms(kernel)] for name, kernel in there.items()})
 )

@@ -26,13 +26,20 @@ def operand(codes, scales, rows):
     assert scales.dtype == torch.float32 and tuple(scales.shape[-2:]) == (rows, tiles(codes.shape[-1]))
 
 
-def fp8_gemm_nt(a, b, d, c=None, recipe=None):
-    CALLS.append("fp8_gemm_nt")
+def fp8_gemm_nt(a, b, d, c=None, recipe=None, compiled_dims=""):
+    assert d.is_contiguous() and d.shape == (a[0].shape[0], b[0].shape[0])
     operand(*a, a[0].shape[0])
-    operand(*b, tiles(b[0].shape[0]))
-    assert d.dtype == torch.bfloat16 and d.is_contiguous() and c is None, "what the 1D2D kernel writes"
-    assert d.shape == (a[0].shape[0], b[0].shape[0])
-    d.copy_(numbers(*a) @ numbers(*b).t())
+    if recipe is None:
+        CALLS.append("fp8_gemm_nt")
+        operand(*b, tiles(b[0].shape[0]))
+        assert d.dtype == torch.bfloat16 and c is None, "what the 1D2D kernel writes"
+        d.copy_(numbers(*a) @ numbers(*b).t())
+    else:
+        CALLS.append("fp8_gemm_nt, both in rows")
+        assert recipe == (1, 1, 128)
+        operand(*b, b[0].shape[0])
+        assert d.dtype == torch.float32 and c.data_ptr() == d.data_ptr(), "what the 1D1D kernel adds to"
+        d += numbers(*a) @ numbers(*b).t()
 
 
 def m_grouped_fp8_gemm_nt_contiguous(a, b, d, grouped_layout):
@@ -51,22 +58,3 @@ def m_grouped_fp8_gemm_nt_contiguous(a, b, d, grouped_layout):
         rows = slice(start, start + int((owners >= 0).sum()))
         weight = numbers(weights[owners[0]], weight_scales[owners[0]])
         d[rows] = (numbers(codes[rows], scales[rows]) @ weight.t()).to(d.dtype)
-
-
-def k_grouped_fp8_gemm_nt_contiguous(a, b, d, ks, ks_tensor, c):
-    CALLS.append("k_grouped")
-    (left, left_scales), (right, right_scales), (_, m, n) = a, b, d.shape
-    assert d.dtype == torch.float32 and d.is_contiguous() and c is d and len(ks) == len(d)
-    assert (
-        ks_tensor.dtype == torch.int32 and ks_tensor.tolist() == list(ks) and all(k % TILE == 0 for k in ks)
-    )
-    assert left.is_contiguous() and right.is_contiguous()
-    assert left.numel() == sum(ks) * m and right.numel() == sum(ks) * n
-    assert left_scales.shape == (m, sum(ks) // TILE) and right_scales.shape == (n, sum(ks) // TILE)
-    start = 0
-    for group, k in enumerate(ks):
-        run, across = slice(start, start + k), slice(start // TILE, (start + k) // TILE)
-        x = numbers(left[run.start * m : run.stop * m].view(m, k), left_scales[:, across])
-        y = numbers(right[run.start * n : run.stop * n].view(n, k), right_scales[:, across])
-        d[group] += x @ y.t()
-        start += k

@@ -13,6 +13,7 @@ import torch
 
 from dsplugins.numerics.tiles import SMALLEST_AMAX, Quantised
 from dsplugins.plugins.precision.fp8.e5m6 import Packed
+from dsplugins.plugins.precision.fp8.swiglu import SwigluKept
 
 
 class Arithmetic(Protocol):
@@ -45,6 +46,16 @@ class Arithmetic(Protocol):
 
     def swiglu_rows(self, inner: torch.Tensor, probs: torch.Tensor | None, power_of_two: bool) -> Quantised:
         """`rows` of SwiGLU of inner [T, 2I] times probs [T], rounded to the format of inner first."""
+        raise NotImplementedError
+
+    def swiglu_columns(
+        self, kept: SwigluKept, splits: Sequence[int], power_of_two: bool
+    ) -> Sequence[Quantised]:
+        """`columns` of SwiGLU's output [T, I], made again from what was kept of its input."""
+        raise NotImplementedError
+
+    def swiglu_gradient(self, kept: SwigluKept, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradients of SwiGLU's input [T, 2I] and of probs [T] (None without), from dy [T, I]."""
         raise NotImplementedError
 
     def pack(self, x: torch.Tensor) -> Packed:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
+import triton.language as tl
 
 from dsplugins.numerics.tiles import E4M3, ROW, SMALLEST_AMAX, SQUARE, TILE, Quantised
-from dsplugins.plugins.precision.fp8 import kernels
+from dsplugins.plugins.precision.fp8 import e5m6_kernels, kernels, swiglu, swiglu_kernels
 from dsplugins.plugins.precision.fp8.columns import Columns, tiles, whole
 from dsplugins.plugins.precision.fp8.e5m6 import Packed
+from dsplugins.plugins.precision.fp8.swiglu import SwigluKept
 
 TOKENS = 32
 """Tiles of 1 x 128 that one program of a row kernel makes."""
 CHANNELS = 64
 """Channels of 128 tokens that one program of the column kernel makes."""
+
+NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+"""Formats of what stands outside of products."""
 
 
 class TritonCasts:
@@ -41,7 +47,7 @@ class TritonCasts:
         grid = (triton.cdiv(tokens, TOKENS), scales.shape[0])
         if inner.numel():
             given = inner if probs is None else probs.contiguous()
-            kernels.swiglu_rows_kernel[grid](
+            swiglu_kernels.swiglu_rows_kernel[grid](
                 inner, given, codes, scales, tokens, width, _bits(SMALLEST_AMAX),
                 probs is not None, power_of_two, TOKENS,
             )  # fmt: skip
@@ -58,15 +64,45 @@ class TritonCasts:
         values = (x.codes if isinstance(x, Quantised) else x).contiguous()
         scales_in = x.scales if isinstance(x, Quantised) else values.new_empty(0, 0, dtype=torch.float32)
         channels, device = values.shape[1], values.device
-        table = torch.tensor(tiles(splits, channels), dtype=torch.int64).view(-1, 4)
-        codes = torch.empty(sum(map(whole, splits)) * channels, dtype=E4M3, device=device)
-        scales = torch.empty(len(table), channels, device=device)
+        table, codes, scales = _column_outputs(splits, channels, device)
         if len(table):
             kernels.columns_kernel[(len(table), triton.cdiv(channels, CHANNELS))](
-                values, scales_in, codes, scales, table.to(device, non_blocking=True), channels,
+                values, scales_in, codes, scales, table, channels,
                 *scales_in.stride(), _bits(smallest), isinstance(x, Quantised), power_of_two, CHANNELS,
             )  # fmt: skip
         return Columns(codes, scales, splits)
+
+    def swiglu_columns(self, kept: SwigluKept, splits: Sequence[int], power_of_two: bool) -> Columns:
+        """SwiGLU and `columns` in one kernel, from the codes of its input."""
+        channels = kept.channels
+        if channels % TILE:  # a tile of the input has gates as well as ups
+            return self.columns(kept.active(), splits, power_of_two)
+        codes_in, scales_in = kept.inner.codes.contiguous(), kept.inner.scales
+        table, codes, scales = _column_outputs(splits, channels, codes_in.device)
+        if len(table):
+            probs = scales_in if kept.probs is None else kept.probs.contiguous()
+            swiglu_kernels.swiglu_columns_kernel[(len(table), triton.cdiv(channels, CHANNELS))](
+                codes_in, scales_in, probs, codes, scales, table, channels, *scales_in.stride(),
+                _bits(SMALLEST_AMAX), kept.probs is not None, NUMBERS[kept.dtype], power_of_two, CHANNELS,
+            )  # fmt: skip
+        return Columns(codes, scales, splits)
+
+    def swiglu_gradient(self, kept: SwigluKept, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradients of SwiGLU's input and of probs in one kernel."""
+        channels = kept.channels
+        if channels % TILE:
+            return swiglu.backward(kept, dy)
+        codes, scales, dy = kept.inner.codes.contiguous(), kept.inner.scales, dy.contiguous()
+        tokens, device = codes.shape[0], codes.device
+        dinner = torch.empty(codes.shape, dtype=kept.dtype, device=device)
+        shares = torch.empty(channels // TILE, tokens, device=device)
+        if tokens:
+            probs = scales if kept.probs is None else kept.probs.contiguous()
+            swiglu_kernels.swiglu_gradient_kernel[(triton.cdiv(tokens, TOKENS), channels // TILE)](
+                codes, scales, probs, dy, dinner, shares, tokens, channels, *scales.stride(),
+                kept.probs is not None, TOKENS,
+            )  # fmt: skip
+        return dinner, None if kept.probs is None else shares.sum(0).to(kept.probs.dtype)
 
     def blocks(self, weight: torch.Tensor, power_of_two: bool, transposed: bool = False) -> Quantised:
         """[E, N, K] in tiles of 128 x 128."""
@@ -89,26 +125,49 @@ class TritonCasts:
         packed = torch.empty(tokens, 3 * -(-channels // 2), dtype=torch.uint8, device=x.device)
         scales = torch.empty(triton.cdiv(channels, TILE), tokens, device=x.device)
         if x.numel():
-            kernels.e5m6_pack_kernel[(triton.cdiv(tokens, TOKENS), scales.shape[0])](
-                x, packed, scales, tokens, channels, _bits(SMALLEST_AMAX), TOKENS
+            into, words = _words(packed, channels)
+            e5m6_kernels.e5m6_pack_kernel[(triton.cdiv(tokens, TOKENS), scales.shape[0])](
+                x, into, scales, tokens, channels, _bits(SMALLEST_AMAX), words, TOKENS
             )
         return Packed(packed, scales.t(), channels)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """BF16 [T, K]."""
-        source, tokens = packed.bytes.contiguous(), packed.bytes.shape[0]
-        y = torch.empty(tokens, packed.columns, dtype=torch.bfloat16, device=source.device)
+        source, (tokens, channels) = packed.bytes.contiguous(), (packed.bytes.shape[0], packed.columns)
+        y = torch.empty(tokens, channels, dtype=torch.bfloat16, device=source.device)
         if y.numel():
-            kernels.e5m6_unpack_kernel[(triton.cdiv(tokens, TOKENS), packed.scales.shape[1])](
-                source, packed.scales, y, tokens, packed.columns, *packed.scales.stride(), TOKENS
+            given, words = _words(source, channels)
+            e5m6_kernels.e5m6_unpack_kernel[(triton.cdiv(tokens, TOKENS), packed.scales.shape[1])](
+                given, packed.scales, y, tokens, channels, *packed.scales.stride(), words, TOKENS
             )
         return y
+
+
+def _words(packed: torch.Tensor, channels: int) -> tuple[torch.Tensor, bool]:
+    """Bytes of E5M6 as 32 bits at a time, where eight numbers, which have three of these, fill the rows."""
+    whole_words = channels % 8 == 0
+    return packed.view(torch.int32) if whole_words else packed, whole_words
 
 
 def _row_outputs(tokens: int, channels: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [T, K], and scales [ceil(K / 128), T]."""
     codes = torch.empty(tokens, channels, dtype=E4M3, device=device)
     return codes, torch.empty(triton.cdiv(channels, TILE), tokens, device=device)
+
+
+def _column_outputs(
+    splits: Sequence[int], channels: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The table of tiles on the device, codes of whole tiles, and a row of scales for each."""
+    table = _table(tuple(splits), channels, device)
+    codes = torch.empty(sum(map(whole, splits)) * channels, dtype=E4M3, device=device)
+    return table, codes, torch.empty(len(table), channels, device=device)
+
+
+@lru_cache(maxsize=16)
+def _table(splits: tuple[int, ...], channels: int, device: torch.device) -> torch.Tensor:
+    """`columns.tiles` on the device. Both operands of a weight gradient, and both linears, have the same."""
+    return torch.tensor(tiles(splits, channels), dtype=torch.int64).view(-1, 4).to(device)
 
 
 def _bits(number: float) -> int:

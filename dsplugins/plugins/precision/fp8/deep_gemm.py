@@ -1,12 +1,13 @@
-"""Products by DeepGEMM, DeepSeek's own kernels, all experts in one. Imported from hook bodies only.
+"""Products by DeepGEMM, DeepSeek's own kernels. Imported from hook bodies only.
 
-Version 2.x of `deep_gemm`, on Hopper: `fp8_gemm_nt` for linears, `m_grouped_fp8_gemm_nt_contiguous` for
-experts, `k_grouped_fp8_gemm_nt_contiguous` for weight gradients (its README and tests say how operands lie).
+Version 2.x of `deep_gemm`, on Hopper: `fp8_gemm_nt` for linears and weight gradients,
+`m_grouped_fp8_gemm_nt_contiguous` for all experts in one (its README and tests say how operands lie).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 from itertools import accumulate
 from typing import Any
@@ -19,6 +20,8 @@ from dsplugins.plugins.precision.fp8.columns import Columns, whole
 
 NOBODYS = -1
 """In the place of an expert's number: a row that is there to fill up."""
+BOTH_IN_ROWS = (1, 1, 128)
+"""Both operands have a scale for 128 numbers of a row; such a product is added to FP32 (its gemm.hpp)."""
 
 
 class DeepGemm(TritonCasts):
@@ -37,7 +40,7 @@ class DeepGemm(TritonCasts):
             only = weights.unbind()[0]
             self._kernels.fp8_gemm_nt((x.codes, x.scales), (only.codes, only.scales), y)
             return y
-        place, layout = _filled_up(splits, x.codes.device)
+        place, layout = _filled_up(tuple(splits), x.codes.device)
         filled = _scattered(x, place, len(layout))
         y = torch.empty(len(layout), weights.codes.shape[1], dtype=dtype, device=x.codes.device)
         self._kernels.m_grouped_fp8_gemm_nt_contiguous(
@@ -46,21 +49,24 @@ class DeepGemm(TritonCasts):
         return y[place]
 
     def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised], into: torch.Tensor) -> None:
-        """Sums run along tokens, each expert's own, and begin with what is there.
+        """One expert after the other, by the dense kernel for two operands with scales in rows.
 
-        Experts without tokens come along: the kernel passes over them, and would be built once more for each
-        number of others.
+        Not by `k_grouped_fp8_gemm_nt_contiguous`, which does all in one: while it goes from one expert to the
+        next it may read the last one's numbers (DeepGEMM issues 365 and 430: wrong now and then, for experts
+        of exactly 128 tokens).
         """
         assert isinstance(dy, Columns) and isinstance(x, Columns), "made by this class's `columns`"
-        if not any(x.lengths):
-            return
-        on_device = torch.tensor(x.lengths, dtype=torch.int32, device=x.codes.device)
-        self._kernels.k_grouped_fp8_gemm_nt_contiguous(
-            (dy.codes, dy.scales.t()), (x.codes, x.scales.t()), into, x.lengths, on_device, into
-        )
+        for expert, length in enumerate(x.lengths):
+            if length:
+                left, right = dy.filled(expert), x.filled(expert)
+                self._kernels.fp8_gemm_nt(
+                    (left.codes, left.scales), (right.codes, right.scales), into[expert], c=into[expert],
+                    recipe=BOTH_IN_ROWS, compiled_dims="mn",
+                )  # fmt: skip
 
 
-def _filled_up(splits: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+@lru_cache(maxsize=16)
+def _filled_up(splits: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each token goes when runs are filled up to whole tiles, [T]; whose a row is then, int32 [P]."""
     lengths = [whole(run) for run in splits]
     starts = [0, *accumulate(lengths)]

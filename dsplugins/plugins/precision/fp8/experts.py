@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dsplugins.numerics.tiles import ROW, Quantised, dequantise
+from dsplugins.numerics.tiles import ROW, Quantised
 from dsplugins.plugins.precision.fp8 import products, swiglu
 from dsplugins.plugins.precision.fp8.rule import Rule
 
@@ -66,14 +66,11 @@ class SwigluDown(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         rule, weight, splits = ctx.rule, ctx.weight, ctx.splits
         codes, scales, probs = ctx.saved_tensors
-        inner = dequantise(Quantised(codes, scales, ROW)).to(ctx.dtype)
+        kept = swiglu.SwigluKept(Quantised(codes, scales, ROW), probs, ctx.dtype)
         dinner = dprobs = dw = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dactive = products.input_gradient(products.gradient(dy, rule), weight, splits, rule, ctx.dtype)
-            dinner, dprobs = swiglu.backward(inner, probs, dactive)
-            dinner = dinner.to(ctx.dtype)
-            dprobs = None if dprobs is None else dprobs.to(probs.dtype)
+            dinner, dprobs = rule.arithmetic.swiglu_gradient(kept, dactive)
         if ctx.needs_input_grad[2]:
-            active = swiglu.forward(inner, probs).to(ctx.dtype)
-            dw = products.deliver(weight, dy, active, splits, rule)
+            dw = products.deliver(weight, dy, kept, splits, rule)
         return dinner, dprobs, dw, None, None

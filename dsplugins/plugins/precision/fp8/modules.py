@@ -5,8 +5,6 @@ Imported from hook bodies only: it needs torch and megatron-core.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -20,7 +18,7 @@ class Fp8ExpertMLP(MLP):
     """Core's MLP with SwiGLU inside `linear_fc2`, which keeps its input in FP8 and not its output."""
 
     def forward(
-        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, None]:
         """[..., H] -> [..., H]; `per_token_scale` [...] multiplies the activation."""
         inner, _ = self.linear_fc1(hidden_states)

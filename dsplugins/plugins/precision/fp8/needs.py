@@ -19,7 +19,7 @@ ANYWHERE = "name the backend reference, which runs anywhere"
 HOPPER = (9, 0)
 MULTIPLE = 16
 """Of each width of a matrix: rows of codes must start at multiples of 16 bytes."""
-DEEP_GEMM = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "k_grouped_fp8_gemm_nt_contiguous")
+DEEP_GEMM = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous")
 """What is called of it; its first releases, and other packages of that name, lack some."""
 GET_DEEP_GEMM = f"pip install sgl-deep-gemm==0.2.2 (later ones failed on torch 2.13); or {ANYWHERE}"
 CUBLAS = (12, 9)

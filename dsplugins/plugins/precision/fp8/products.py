@@ -16,6 +16,9 @@ from dsplugins.plugins.precision.fp8 import swiglu
 if TYPE_CHECKING:
     from dsplugins.plugins.precision.fp8.rule import Rule
 
+Operand = torch.Tensor | Quantised | swiglu.SwigluKept
+"""An input as backward has it: numbers, codes, or the codes of what SwiGLU made it from."""
+
 
 def activation(x: torch.Tensor, rule: Rule, operand: str = "fprop.x") -> Quantised:
     """An input [T, K] in tiles of 128 channels of a token; `operand` is what it is called to who watches."""
@@ -62,23 +65,24 @@ def input_gradient(
 
 
 def weight_gradient(
-    dy: torch.Tensor, x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule, into: torch.Tensor
+    dy: torch.Tensor, x: Operand, splits: Sequence[int], rule: Rule, into: torch.Tensor
 ) -> None:
     """Add dy [T, N] transposed times x [T, K], in tiles of 128 tokens of a channel, to FP32 [E, N, K]."""
     if "wgrad" not in rule.products:
         rule.arithmetic.weight_gradient(_unrounded_runs(dy, splits), _unrounded_runs(x, splits), into)
         return
     left = rule.arithmetic.columns(dy, splits, rule.gradient, SMALLEST_GRADIENT)
-    right = rule.arithmetic.columns(x, splits, rule.input)
+    if isinstance(x, swiglu.SwigluKept):
+        right = rule.arithmetic.swiglu_columns(x, splits, rule.input)
+    else:
+        right = rule.arithmetic.columns(x, splits, rule.input)
     if rule.watch.look is not None:
         _watch(rule, "wgrad.dy", _runs(dy, splits), left)
         _watch(rule, "wgrad.x", _runs(x, splits), right)
     rule.arithmetic.weight_gradient(left, right, into)
 
 
-def deliver(
-    weight: Any, dy: torch.Tensor, x: torch.Tensor | Quantised, splits: Sequence[int], rule: Rule
-) -> torch.Tensor:
+def deliver(weight: Any, dy: torch.Tensor, x: Operand, splits: Sequence[int], rule: Rule) -> torch.Tensor:
     """Add `weight_gradient` to `weight.main_grad`, unrounded; returns what autograd is to be given.
 
     Core's DDP makes `main_grad` and knows by `grad_added_to_main_grad` that it has it already; what autograd
@@ -101,13 +105,15 @@ def _stack(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.dim() == 3 else weight.unsqueeze(0)
 
 
-def _runs(x: torch.Tensor | Quantised, splits: Sequence[int]) -> list[torch.Tensor]:
+def _runs(x: Operand, splits: Sequence[int]) -> list[torch.Tensor]:
     """Each run's numbers, transposed."""
+    if isinstance(x, swiglu.SwigluKept):
+        x = x.active()
     numbers = dequantise(x) if isinstance(x, Quantised) else x
     return [run.t() for run in numbers.split(list(splits))]
 
 
-def _unrounded_runs(x: torch.Tensor | Quantised, splits: Sequence[int]) -> list[Quantised]:
+def _unrounded_runs(x: Operand, splits: Sequence[int]) -> list[Quantised]:
     return [unrounded(run, ROW) for run in _runs(x, splits)]
 
 

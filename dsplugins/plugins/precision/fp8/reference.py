@@ -41,6 +41,18 @@ class Reference:
         """SwiGLU, then `rows`."""
         return self.rows(swiglu.forward(inner, probs).to(inner.dtype), power_of_two)
 
+    def swiglu_columns(
+        self, kept: swiglu.SwigluKept, splits: Sequence[int], power_of_two: bool
+    ) -> Sequence[Quantised]:
+        """SwiGLU, then `columns`."""
+        return self.columns(kept.active(), splits, power_of_two)
+
+    def swiglu_gradient(
+        self, kept: swiglu.SwigluKept, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `swiglu.backward`."""
+        return swiglu.backward(kept, dy)
+
     def pack(self, x: torch.Tensor) -> e5m6.Packed:
         """[T, K] in E5M6."""
         return e5m6.pack(x)

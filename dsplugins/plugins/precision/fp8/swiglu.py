@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dsplugins.numerics.tiles import Quantised, dequantise
+
 
 @dataclass(frozen=True)
 class SwigluInput:
@@ -21,6 +23,31 @@ class SwigluInput:
     """[...], what each token's result is multiplied by; None for one."""
 
 
+@dataclass(frozen=True)
+class SwigluKept:
+    """What backward has of SwiGLU's input: codes, and what they were multiplied by."""
+
+    inner: Quantised
+    """[T, 2I] in tiles of 1 x 128, gate first."""
+    probs: torch.Tensor | None
+    """[T], or None for one."""
+    dtype: torch.dtype
+    """The format that `inner` had, and that it is rounded to again."""
+
+    @property
+    def channels(self) -> int:
+        """I."""
+        return self.inner.codes.shape[1] // 2
+
+    def numbers(self) -> torch.Tensor:
+        """The input [T, 2I]."""
+        return dequantise(self.inner).to(self.dtype)
+
+    def active(self) -> torch.Tensor:
+        """SwiGLU of it times probs, made again: [T, I]."""
+        return forward(self.numbers(), self.probs).to(self.dtype)
+
+
 def forward(inner: torch.Tensor, probs: torch.Tensor | None) -> torch.Tensor:
     """silu(gate) * up * probs: [T, 2I], [T] -> FP32 [T, I]."""
     gate, up = inner.float().chunk(2, dim=-1)
@@ -28,17 +55,15 @@ def forward(inner: torch.Tensor, probs: torch.Tensor | None) -> torch.Tensor:
     return y if probs is None else y * probs.float().unsqueeze(-1)
 
 
-def backward(
-    inner: torch.Tensor, probs: torch.Tensor | None, dy: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of inner [T, 2I] and probs [T], FP32, from that of the output [T, I]."""
-    gate, up = inner.float().chunk(2, dim=-1)
+def backward(kept: SwigluKept, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of the input [T, 2I] and of probs [T] in their formats, from that of the output [T, I]."""
+    gate, up = kept.numbers().float().chunk(2, dim=-1)
     dy = dy.float()
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     dprobs = None
-    if probs is not None:
-        dprobs = (dy * silu * up).sum(-1)
-        dy = dy * probs.float().unsqueeze(-1)
+    if kept.probs is not None:
+        dprobs = (dy * silu * up).sum(-1).to(kept.probs.dtype)
+        dy = dy * kept.probs.float().unsqueeze(-1)
     dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
-    return torch.cat([dgate, dy * silu], dim=-1), dprobs
+    return torch.cat([dgate, dy * silu], dim=-1).to(kept.dtype), dprobs

@@ -40,7 +40,7 @@ def interpreted(monkeypatch):
     from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
-    from dsplugins.plugins.precision.fp8 import casts, kernels
+    from dsplugins.plugins.precision.fp8 import casts, e5m6_kernels, kernels, swiglu_kernels
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name, function in list(vars(tl.standard).items()):
@@ -50,11 +50,12 @@ def interpreted(monkeypatch):
                 monkeypatch.setattr(module, name, run, raising=False)
     monkeypatch.setattr(interpreter, "original", interpreter._convert_float, raising=False)
     monkeypatch.setattr(interpreter, "_convert_float", cast)
-    spec = importlib.util.spec_from_file_location("interpreted_kernels", kernels.__file__)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(casts, "kernels", module)
+    for original in (kernels, swiglu_kernels, e5m6_kernels):  # the first is imported by the others
+        spec = importlib.util.spec_from_file_location(original.__name__, original.__file__)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(casts, spec.name.rpartition(".")[2], module)
 
 
 @pytest.fixture
