@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs the CUDA side on a machine with one GPU: the tests marked `gpu`, then `dsplugins experiment gpu`, which
 # writes docs/records/gpu.json. Arguments go to the latter. Exit code 4: no GPU here; else 0 if all went well.
+# DeepGEMM is installed for fp8_v3's backend of that name (DSPLUGINS_GPU_EXTRAS=gpu leaves it out); what needs
+# transformer-engine is skipped, by name, where that isn't installed.
 # Without network: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER OF WHEELS, and DSPLUGINS_VENV=FOLDER for an environment
 # that is there already, such as one made with --system-site-packages over a Python that has torch.
 set -euo pipefail
@@ -15,7 +17,7 @@ if ! driver; then
     echo "This machine has no NVIDIA GPU, or no driver for it: nothing was run." >&2
     exit 4
 fi
-ensure_environment gpu
+ensure_environment "${DSPLUGINS_GPU_EXTRAS:-gpu,deepgemm}"
 cd "$ROOT"
 export PATH="$VENV/bin:$PATH"
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -27,7 +27,7 @@ def gpu(overrides: tuple[str, ...], rounds: int, out: Path, as_json: bool) -> No
     """Time one GPU: a step beside a hand-written loop, V3's layers at full width, attention paths.
 
     With the backend torch_local, and with te where transformer_engine is installed. The MoE layer needs
-    70 GiB. OVERRIDES are dot keys for all parts. Exit code 1 if a part failed; the record says how.
+    100 GiB. OVERRIDES are dot keys for all parts. Exit code 1 if a part failed; the record says how.
     """
     from dsplugins import records
     from dsplugins.cli.columns import columns

@@ -43,6 +43,14 @@ class Layer:
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         return drawn.to(self.device, self.settings.model.params_dtype)
 
+    def wrapped(self) -> Any:
+        """The layer in core's DDP, which gives its weights FP32 buffers for their gradients."""
+        from megatron.core.distributed import DistributedDataParallel
+
+        return DistributedDataParallel(
+            config=self.settings.model, ddp_config=self.settings.ddp, module=self.module
+        )
+
     def tokens(self, seed: int = 1) -> torch.Tensor:
         """What a norm hands on, [S, B, H]: the recipe's sequence length and micro-batch."""
         shape = self.plan.data.seq_length, self.plan.train.micro_batch, self.settings.model.hidden_size

@@ -115,20 +115,36 @@ def _own(what: str, overrides: Sequence[str], rounds: int) -> dict[str, Any]:
 
 
 def _module(layer: Layer, module: Any, rounds: int, *more: Any) -> dict[str, Any]:
-    """Forward and backward of `module` on the recipe's tokens."""
+    """Forward and backward of `module`, a part of the layer, on the recipe's tokens, as in a run: inside the
+    layer's autocast, weight gradients added where DDP sums them.
+    """
+    layer.wrapped()
     hidden, gradient = layer.tokens(1).requires_grad_(), layer.tokens(2)
 
     def once() -> None:
-        layer.module.zero_grad(set_to_none=True)
         hidden.grad = None
-        module(hidden, *more)[0].backward(gradient)
+        with layer.module.get_inner_quantization_context():
+            output = module(hidden, *more)[0]
+        output.backward(gradient)
 
+    once()
+    _in_its_format(layer.settings.model, module)
     return {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "tokens": hidden.shape[0] * hidden.shape[1],
         **_seconds(timed(once, layer.platform, rounds)),
         "peak_memory": layer.platform.peak_memory(),
     }
+
+
+def _in_its_format(config: Any, module: Any) -> None:
+    """Refuse to time BF16 under the name of TransformerEngine's FP8: after a pass its linears tell."""
+    if not config.fp8:
+        return
+    linears = {name: m for name, m in module.named_modules() if hasattr(m, "fp8_initialized")}
+    plain = [name for name, linear in linears.items() if not linear.fp8]
+    if plain or not linears:
+        raise RuntimeError(f"model.fp8={config.fp8}, but in BF16: {', '.join(plain) or 'everything'}")
 
 
 def timed(once: Callable[[], object], platform: Platform, rounds: int) -> list[float]:

@@ -99,6 +99,78 @@ def test_casts_are_the_reference_s_to_the_bit(nccl, power_of_two):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", [1040, 1043])
+def test_e5m6_is_the_reference_s_to_the_bit(nccl, channels):
+    """In words of 32 bits, and byte by byte."""
+    import torch
+
+    from dsplugins.plugins.precision.fp8.reference import Reference
+
+    casts, reference = chosen("torch"), Reference()
+    x = (torch.randn(777, channels, device=nccl) * torch.logspace(-9, 4, channels, device=nccl)).bfloat16()
+    found, expected = casts.pack(x), reference.pack(x)
+    assert torch.equal(found.scales, expected.scales) and torch.equal(found.bytes, expected.bytes)
+    assert torch.equal(casts.unpack(found), reference.unpack(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [1152, 1040])
+def test_swiglu_and_its_way_back_are_the_reference_s(nccl, channels):
+    """To a code in a thousand: an exponential's last digit may round the other way."""
+    import torch
+
+    from dsplugins.plugins.precision.fp8.reference import Reference
+    from dsplugins.plugins.precision.fp8.swiglu import SwigluKept
+
+    casts, reference, splits = chosen("torch"), Reference(), [300, 0, 477]
+    inner = (3 * torch.randn(777, 2 * channels, device=nccl)).bfloat16()
+    probs, dy = torch.rand(777, device=nccl), torch.randn(777, channels, device=nccl).bfloat16()
+    rows = [one.swiglu_rows(inner, probs, True) for one in (casts, reference)]
+    kept = SwigluKept(reference.rows(inner, False), probs, torch.bfloat16)
+    columns = [one.swiglu_columns(kept, splits, False) for one in (casts, reference)]
+    for one, other in [rows, *zip(*columns, strict=True)]:
+        assert (one.codes.float() != other.codes.float()).sum() <= 1e-3 * one.codes.numel()
+    for one, other in zip(*(each.swiglu_gradient(kept, dy) for each in (casts, reference)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * float(other.float().abs().mean()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "deepgemm"])
+def test_weight_gradients_of_full_tiles_repeat_themselves(nccl, backend):
+    """Experts of exactly 128 tokens and a channel of zeros: DeepGEMM's issue 365 has a kernel that then
+    gives something else now and then."""
+    import torch
+
+    from dsplugins.plugins.precision.fp8.reference import Reference
+
+    arithmetic, splits = chosen(backend), [256, 128, 128, 256]
+    x, dy = (torch.randn(sum(splits), 2048, device=nccl).bfloat16() for _ in range(2))
+    x[256:384, 7] = 0
+    both = [[one.columns(t, splits, False) for t in (dy, x)] for one in (arithmetic, Reference())]
+    exact = torch.zeros(4, 2048, 2048, device=nccl)
+    Reference().weight_gradient(*both[1], exact)
+    first = None
+    for _ in range(300):
+        sums = torch.zeros_like(exact)
+        arithmetic.weight_gradient(*both[0], sums)
+        first = sums if first is None else first
+        assert torch.equal(sums, first)
+    assert (first - exact).norm() < PRODUCT * exact.norm()
+
+
+@pytest.mark.gpu
+def test_tokens_are_packed_for_their_way_on_a_gpu(nccl):
+    """One GPU has no other to send to; what the dispatcher does before and after is done."""
+    import torch
+
+    here = losses(["plugins.bf16=null", "plugins.fp8_v3={}"])
+    there = losses(
+        ["plugins.bf16=null", "plugins.fp8_v3={}", "plugins.alltoall=null", "plugins.fp8_alltoall={}"]
+    )
+    assert torch.isfinite(torch.tensor(there)).all() and apart(there, here)[0] < 1e-6
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["torch", "deepgemm"])
 @pytest.mark.parametrize("tokens", [48, 512])
 def test_products_are_the_reference_s(nccl, backend, tokens):

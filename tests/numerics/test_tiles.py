@@ -42,6 +42,37 @@ def test_is_what_the_report_says(rows, columns, magnitude, power_of_two, tile, s
     np.testing.assert_array_equal(dequantise(quantised).double().numpy(), expected.astype(np.float32))
 
 
+@given(
+    rows=st.integers(1, 140),
+    columns=st.integers(1, 270),
+    odd=st.lists(
+        st.tuples(
+            st.integers(0, 10**6),
+            st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0, 1e-42, -1e-40, 3e38]),
+        ),
+        max_size=6,
+    ),
+    power_of_two=st.booleans(),
+    tile=st.sampled_from([ROW, SQUARE]),
+)
+@settings(max_examples=40, deadline=None)
+def test_odd_numbers_anywhere(rows, columns, odd, power_of_two, tile):
+    """What is not finite takes its tile with it and nothing else; subnormals and the largest do no harm."""
+    x = matrix(rows, columns, 0, 7)
+    for place, value in odd:
+        x.view(-1)[place % x.numel()] = value
+    back = dequantise(quantise(x, tile, power_of_two))
+    for i in range(0, rows, tile[0]):
+        for j in range(0, columns, tile[1]):
+            part, got = (t[i : i + tile[0], j : j + tile[1]] for t in (x, back))
+            if not part.isfinite().all():
+                assert got.isnan().all() or not got[~part.isfinite()].isfinite().any()
+                continue
+            exact = part.double()
+            bound = exact.abs() / 16 + float(exact.abs().max().clamp_min(1e-4)) / 448 * 2**-10 * 2
+            assert ((got.double() - exact).abs() <= bound * (2 if power_of_two else 1)).all()
+
+
 @TILES
 def test_ragged_edges_have_tiles_of_their_own(tile):
     x = matrix(130, 200, 0, 1)

@@ -14,6 +14,7 @@ import torch
 
 from dsplugins.numerics.tiles import SMALLEST_GRADIENT, Quantised
 from dsplugins.plugins.precision.fp8.reference import Reference
+from dsplugins.plugins.precision.fp8.swiglu import SwigluKept
 
 if TYPE_CHECKING:
     from dsplugins.plugins.precision.fp8.arithmetic import Arithmetic
@@ -32,6 +33,8 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {
 """E, N, K: the shapes that DeepGEMM's tests take from V3, and two of them for a rank's experts."""
 TOKENS = 4096
 """Of each linear or expert: a sequence, and what V3's micro-batches bring an expert with EP64 in the mean."""
+CAST = 32768
+"""Tokens that a cast is measured with: 470 MB in BF16, more than a cache holds, and long beside its start."""
 SMALL = {"small": (2, 96, 64)}
 """In the place of SHAPES where a CPU does it, in tests."""
 WIDTH = 7168
@@ -108,14 +111,16 @@ def products(arithmetic: Arithmetic, device: torch.device, clock: Clock) -> dict
     """Rows of V3's shapes, how many of them reach what is aimed at, and the card's own BF16 peak."""
     small = device.type == "cpu"
     shapes, tokens = (SMALL, 32) if small else (SHAPES, TOKENS)
-    rows = rates(arithmetic, shapes, tokens, device, clock)
     peak = peak_tflops(64 if small else PEAK, device, clock)
+    rows = rates(arithmetic, shapes, tokens, device, clock)
+    for row in rows:
+        row["ratio_to_peak"] = row["tflops"] / peak
     return {"rows": rows, "aim": reached(rows, "ratio_to_bf16", FASTER), "bf16_peak_tflops": peak}
 
 
 def casts(arithmetic: Arithmetic, device: torch.device, clock: Clock) -> dict[str, Any]:
     """Rows of the casts of a sequence of V3's width, and how many reach what is aimed at."""
-    tokens, width = (64, 256) if device.type == "cpu" else (TOKENS, WIDTH)
+    tokens, width = (64, 256) if device.type == "cpu" else (CAST, WIDTH)
     rows = speeds(arithmetic, tokens, width, device, clock)
     return {"rows": rows, "aim": reached(rows, "ratio_to_copy", OF_A_COPY)}
 
@@ -159,6 +164,7 @@ def speeds(
     x = torch.randn(tokens, width, generator=generator, device=device).bfloat16()
     probs = torch.rand(tokens, generator=generator, device=device)
     kept, packed = arithmetic.rows(x, True), arithmetic.pack(x)
+    inner, dy = SwigluKept(kept, probs, x.dtype), x[:, : width // 2].contiguous()
     small = packed.bytes.numel() + 4 * packed.scales.numel()
     calls: dict[str, tuple[int, Callable[[], object]]] = {
         "rows": (2 * x.numel() + _size(kept), lambda: arithmetic.rows(x, True)),
@@ -169,6 +175,14 @@ def speeds(
         "SwiGLU and rows": (
             2 * x.numel() + _size(kept) // 2,
             lambda: arithmetic.swiglu_rows(x, probs, True),
+        ),
+        "SwiGLU and columns": (
+            _size(kept) + _size(kept) // 2,
+            lambda: arithmetic.swiglu_columns(inner, [tokens], True),
+        ),
+        "SwiGLU's gradient": (
+            _size(kept) + dy.numel() * 2 + 2 * x.numel(),
+            lambda: arithmetic.swiglu_gradient(inner, dy),
         ),
         "E5M6": (2 * x.numel() + small, lambda: arithmetic.pack(x)),
         "from E5M6": (small + 2 * x.numel(), lambda: arithmetic.unpack(packed)),

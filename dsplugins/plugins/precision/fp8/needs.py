@@ -21,7 +21,7 @@ MULTIPLE = 16
 """Of each width of a matrix: rows of codes must start at multiples of 16 bytes."""
 DEEP_GEMM = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous")
 """What is called of it; its first releases, and other packages of that name, lack some."""
-GET_DEEP_GEMM = f"pip install sgl-deep-gemm==0.2.2 (later ones failed on torch 2.13); or {ANYWHERE}"
+GET_DEEP_GEMM = f"pip install 'dsplugins[deepgemm]' (other releases failed on torch 2.13); or {ANYWHERE}"
 CUBLAS = (12, 9)
 """The CUDA release whose cuBLASLt scales by 1 x 128 and 128 x 128 tiles first."""
 
