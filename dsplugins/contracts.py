@@ -270,7 +270,8 @@ class PluginState(Protocol):
     """Of what `save` returns; another number in a checkpoint stops the run before it starts."""
 
     def save(self) -> Mapping[str, Any]:
-        """State that JSON can hold, after a step. Asked on every rank, rank 0's is kept."""
+        """State that JSON can hold, after a step. Asked on every rank, rank 0's is kept; and once before the
+        first step, to see that it can be saved."""
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take back what `save` gave; on every rank, before the first step."""

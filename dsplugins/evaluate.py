@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from dsplugins import routers
+from dsplugins import randomness, routers
 from dsplugins.batches import forward_step, micro_batches
 from dsplugins.contracts import Evaluation
 from dsplugins.model import bare
@@ -99,6 +99,7 @@ def evaluate(run: Assembly, step: int) -> Evaluation:
 
     On all of them, if there are fewer. Collective over all ranks; `step` steps lie behind the weights.
     """
+    randomness.seed(run.plan.train.seed, step, "evaluation")
     count = _micro_batches(run)
     last = next((bare(c) for c in run.chunks if getattr(bare(c), "post_process", False)), None)
     heads = Heads(last, getattr(last.config, "mtp_num_layers", None) or 0) if last is not None else None

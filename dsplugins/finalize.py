@@ -24,8 +24,11 @@ class GradientChain:
         self.finalize_grads, self.balance, self.accepts = finalize_grads, balance, accepts
         self.accepted = True
         """Whether this step's gradients are to be used; decided by `accepts` before a bias moves."""
+        self.calls = 0
+        """How often it ran since it was made: once in each step, if the schedule does its duty."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls += 1
         self.finalize_grads(*args, **kwargs)
         self.accepted = self.accepts is None or self.accepts()
         self.balance(self.accepted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -41,8 +41,7 @@ class Saver:
         self._writing: Future[store.Checkpoint] | None = None
         self._saved_at = time.monotonic()
         self._step = -1
-        states = run.plugins.event("ds_state")
-        self._states: dict[str, PluginState] = {name: state for name, state in states if state is not None}
+        self._states = _states(run.plugins.event("ds_state"))
 
     def resume(self, fresh: bool = False, accept: bool = False) -> tuple[Progress, list[str]]:
         """Fill the assembly from the newest good checkpoint; where the run stands, and what to tell.
@@ -181,6 +180,19 @@ def _listed(names: Sequence[str], shown: int = 3) -> str:
     """`weights/a, weights/b, optimizer/a and 5 more`."""
     first = sorted(names, key=lambda name: not name.startswith("weights/"))[:shown]
     return ", ".join(first) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _states(given: Iterable[tuple[str, Any]]) -> dict[str, PluginState]:
+    """What plugins keep, by name. Raises HookFailure now for what couldn't be saved later."""
+    states = {name: state for name, state in given if state is not None}
+    for name, state in states.items():
+        if missing := [part for part in ("version", "save", "load") if not hasattr(state, part)]:
+            said = TypeError(
+                f"gave {type(state).__name__}, which has no {', no '.join(missing)}: see PluginState"
+            )
+            raise HookFailure(name, "ds_state", said)
+        _state(name, state)
+    return states
 
 
 def _state(name: str, state: PluginState) -> dict[str, Any]:

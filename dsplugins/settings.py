@@ -186,7 +186,7 @@ def _unserved(settings: Settings) -> Iterator[Problem]:
         yield Problem(said, "model.calculate_per_token_loss", "leave it out: all samples are equally long")
     for field in ("hidden_dropout", "attention_dropout"):
         if getattr(config, field):
-            said = f"model.{field}={getattr(config, field)}: a run that goes on would draw other masks"
+            said = f"model.{field}={getattr(config, field)}: another layout would draw other masks"
             yield Problem(said, f"model.{field}", "set it to 0.0, as V3 did")
 
 

@@ -11,8 +11,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+from dsplugins import randomness
 from dsplugins.batches import forward_step, micro_batches
 from dsplugins.contracts import Step
+from dsplugins.failures import PluginFailure
 from dsplugins.routers import max_vio
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def take_step(run: Assembly, progress: Progress) -> Step:
     rate = train.learning_rate.at(*now)
     scheduled = {name: schedule.at(*now) for name, schedule in run.settings.scheduled.items()}
     _set(run, rate, scheduled)
+    randomness.seed(train.seed, progress.steps + 1)
     losses = _forward_backward(run, progress.sequences, batch // unit)
     run.plugins.event("ds_grads_ready", step=progress.steps + 1, chunks=run.chunks)
     updated, norm = _update(run)
@@ -90,13 +93,13 @@ def _forward_backward(run: Assembly, first: int, count: int) -> list[dict[str, t
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    train = run.plan.train
+    train, finalized = run.plan.train, run.chain.calls
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     iterators = [
         micro_batches(run.data.train, first, count, train.micro_batch, rank, ranks, run.device)
         for _ in run.chunks
     ]
-    return run.forward_backward(
+    losses = run.forward_backward(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks,
@@ -105,6 +108,18 @@ def _forward_backward(run: Assembly, first: int, count: int) -> list[dict[str, t
         micro_batch_size=train.micro_batch,
         forward_only=False,
     )
+    _finalized_once(run, run.chain.calls - finalized)
+    return losses
+
+
+def _finalized_once(run: Assembly, times: int) -> None:
+    """Raise PluginFailure where gradients were left as each rank has them, or were reduced twice."""
+    if times != 1:
+        owner = run.plan.slots["schedule"]
+        raise PluginFailure(
+            f"plugin {owner} failed in forward_backward: it called config.finalize_model_grads_func {times} "
+            "times in a step; once, after the last backward, is right"
+        )
 
 
 def _update(run: Assembly) -> tuple[bool, float]:
