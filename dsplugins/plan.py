@@ -140,13 +140,34 @@ def _section(recipe: Recipe, name: str, cls: type) -> tuple[Any, list[Problem]]:
     return built, faults
 
 
-def _needed(plan: Plan) -> Iterable[Problem]:
+def _sizes(plan: Plan) -> Iterable[Problem]:
+    """What every model needs, and numbers that megatron-core would divide by, or build nothing from."""
     for field in ("vocab_size", "num_layers", "hidden_size", "num_attention_heads"):
         value = plan.model.get(field)
-        if not isinstance(value, int) or value < 1:
-            yield Problem(
-                f"model.{field} is missing or not a positive whole number", f"model.{field}", "set it"
-            )
+        if value is None:
+            yield Problem(f"model.{field} is missing", f"model.{field}", "give a positive whole number")
+        elif not isinstance(value, int) or value < 1:
+            said = f"model.{field}={value!r} is not a positive whole number"
+            yield Problem(said, f"model.{field}", "give one, without quotes")
+    for field in COUNTS:
+        value = plan.model.get(field)
+        if isinstance(value, int) and value < 1:
+            yield Problem(f"model.{field}={value} is less than 1", f"model.{field}", "give 1 or more")
+    for field in POSITIVE:
+        value = plan.model.get(field)
+        if isinstance(value, int | float) and value <= 0:
+            yield Problem(f"model.{field}={value:g} is not positive", f"model.{field}", "give more than 0")
+
+
+COUNTS = (
+    *("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk"),
+    *("moe_router_num_groups", "moe_router_group_topk", "q_lora_rank", "kv_lora_rank", "qk_head_dim"),
+    *("qk_pos_emb_head_dim", "v_head_dim", "kv_channels", "num_query_groups", "mtp_num_layers"),
+    *("max_position_embeddings", "original_max_position_embeddings"),
+)
+"""Fields of `model:` that are 1 or more, where they are there."""
+POSITIVE = ("init_method_std", "layernorm_epsilon", "rotary_base", "rotary_scaling_factor", "rotary_percent")
+"""Fields that are more than 0."""
 
 
 def _length(plan: Plan) -> Iterable[Problem]:
@@ -247,7 +268,7 @@ def _batches(plan: Plan) -> Iterable[Problem]:
 
 
 CHECKS: tuple[tuple[Callable[[Plan], Iterable[Problem]], tuple[str, ...]], ...] = (
-    (_needed, ()),
+    (_sizes, ()),
     (_length, ("data", "train", "evaluate", "save", "run")),
     (_layout, ("parallel", "data", "run")),
     (_batches, ("parallel", "train", "evaluate", "run")),

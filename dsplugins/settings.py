@@ -213,7 +213,7 @@ def _construct(
 ) -> Any:
     try:
         return cls(**values)
-    except (ValueError, AssertionError, TypeError) as error:
+    except (ValueError, AssertionError, TypeError, NotImplementedError, ZeroDivisionError) as error:
         problems.append(refusal(str(error) or type(error).__name__, section, values, book.writers))
         return None
 

@@ -261,6 +261,16 @@ def test_two_writers_are_both_named_with_everything_else(tmp_path):
             "change it",
         ),
         (["plugins.gpt.dense_layers=9"], "dense_layers=9 leaves none", "at most 3"),
+        (["model.moe_ffn_hidden_size=0"], "model.moe_ffn_hidden_size=0 is less than 1", "1 or more"),
+        (["model.kv_lora_rank=0"], "model.kv_lora_rank=0 is less than 1", "1 or more"),
+        (["model.init_method_std=-1"], "model.init_method_std=-1 is not positive", "more than 0"),
+        (
+            ["model.hidden_size='64'"],
+            "model.hidden_size='64' is not a positive whole number",
+            "without quotes",
+        ),
+        (["model.hidden_size=null"], "model.hidden_size is missing", "positive whole number"),
+        (["model.attention_output_gate=true"], "megatron-core refuses: Output gate", ""),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

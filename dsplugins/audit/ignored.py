@@ -21,6 +21,22 @@ BY_NAME: Mapping[str, str] = {
 }
 """Fields by which core's own spec builders choose a class; here the owner of a slot does."""
 
+ONLY_ONE_WIDTH = "all weights are drawn with init_method_std"
+NO_GRAPH = "the loop captures no CUDA graph"
+UNREAD = "megatron-core reads it nowhere"
+NOBODY: Mapping[str, str] = {
+    "apply_residual_connection_post_layernorm": UNREAD,
+    "moe_token_dropping": UNREAD,
+    "qk_clip": "the loop clips no queries and keys",
+    "use_mup": f"{ONLY_ONE_WIDTH}, and rates aren't scaled by the width",
+    "init_method_xavier_uniform": ONLY_ONE_WIDTH,
+    "enable_cuda_graph": NO_GRAPH,
+    "external_cuda_graph": NO_GRAPH,
+    "cache_mla_latents": "the loop only trains",
+    "hybrid_context_parallel": "the loop does not cut sequences over context-parallel ranks",
+}
+"""Fields that nothing here acts on, whichever plugins are chosen, and why."""
+
 Wishes = Iterable[tuple[str, str]]
 """(field of the model's configuration, what is said of it)."""
 
@@ -29,6 +45,7 @@ def ignored(settings: Settings, slots: Mapping[str, str]) -> Wishes:
     """On any machine; `slots` is slot -> owner. Needs nothing built."""
     config = settings.model
     yield from _chosen_by_name(settings, slots)
+    yield from _by_nobody(settings)
     yield from _balance(settings)
     yield from _messages(config)
     if config.moe_router_enable_expert_bias:
@@ -45,6 +62,21 @@ def _chosen_by_name(settings: Settings, slots: Mapping[str, str]) -> Wishes:
         owner, value = slots.get(slot), getattr(settings.model, field)
         if value and settings.writers.get(f"model.{field}") != f"plugin {owner}":
             yield field, f"model.{field}={value} has no effect: {owner} decides in the slot {slot}"
+
+
+def _by_nobody(settings: Settings) -> Wishes:
+    config = settings.model
+    for field, why in NOBODY.items():
+        if value := getattr(config, field, None):
+            yield field, f"model.{field}={value} has no effect: {why}"
+    if config.cuda_graph_impl != "none":
+        yield "cuda_graph_impl", f"model.cuda_graph_impl={config.cuda_graph_impl} has no effect: {NO_GRAPH}"
+    if config.embedding_init_method_std not in (None, config.init_method_std):
+        said = f"model.embedding_init_method_std={config.embedding_init_method_std:g} has no effect"
+        yield "embedding_init_method_std", f"{said}: {ONLY_ONE_WIDTH}"
+    if config.first_last_layers_bf16 and not (config.fp8 or config.fp4):
+        said = "model.first_last_layers_bf16=True has no effect without megatron-core's own fp8"
+        yield "first_last_layers_bf16", said
 
 
 def _balance(settings: Settings) -> Wishes:

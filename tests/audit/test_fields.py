@@ -21,6 +21,15 @@ ASKED = {
     ],
     "model.moe_grouped_gemm=True has no effect: sequential decides": ["model.moe_grouped_gemm=true"],
     "model.qk_l2_norm=True has no effect: mla decides": ["model.qk_l2_norm=true"],
+    "model.qk_clip=True has no effect: the loop clips": ["model.qk_clip=true"],
+    "model.use_mup=True has no effect: all weights": ["model.use_mup=true"],
+    "model.embedding_init_method_std=0.5 has no effect": ["model.embedding_init_method_std=0.5"],
+    "model.apply_residual_connection_post_layernorm=True has no effect": [
+        "model.apply_residual_connection_post_layernorm=true"
+    ],
+    "model.moe_token_dropping=True has no effect": ["model.moe_token_dropping=true"],
+    "model.first_last_layers_bf16=True has no effect without": ["model.first_last_layers_bf16=true"],
+    "model.cache_mla_latents=True has no effect: the loop only trains": ["model.cache_mla_latents=true"],
     "recompute_modules=['mla_up_proj'] has no effect": ["model.recompute_modules=[mla_up_proj]"],
 }
 
@@ -162,6 +171,10 @@ REFUSED = {
     "model.rotary_scaling_factor has two writers": ["model.rotary_scaling_factor=40"],
     "model.mscale_all_dim is not given": ["model.rope_type=yarn", "model.rotary_scaling_factor=40"],
     "model.mla_down_proj_fusion is ignored by mla": ["model.mla_down_proj_fusion=true"],
+    "model.softmax_scale is ignored by mla": ["model.softmax_scale=0.5"],
+    "model.num_query_groups is ignored by mla": ["model.num_query_groups=1"],
+    "model.add_qkv_bias is ignored by mla": ["model.add_qkv_bias=true"],
+    "model.moe_router_pre_softmax=True would have no effect": ["model.moe_router_pre_softmax=true"],
     "model.moe_shared_expert_overlap=True: the shared experts would be left out": [
         "model.moe_shared_expert_overlap=true"
     ],

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+IGNORED = (
+    *("softmax_scale", "kv_channels", "num_query_groups", "add_qkv_bias", "attention_output_gate"),
+    *("window_size", "rotary_percent", "mla_down_proj_fusion"),
+)
+"""Fields of megatron-core's other attentions, and one of its own that this one doesn't do."""
+
 
 class Mla:
     """Multi-head latent attention (arXiv 2412.19437, section 2.1.1; megatron-core's `MLASelfAttention`).
@@ -47,12 +53,9 @@ class Mla:
         """Sizes that do not divide, and rotary settings that megatron-core would misread."""
         yield from _rotary_problems(plan.model, settings.model)
         yield from _size_problems(plan, settings.model)
-        if settings.model.mla_down_proj_fusion:
-            yield Problem(
-                "model.mla_down_proj_fusion is ignored by mla",
-                key="model.mla_down_proj_fusion",
-                remedy="leave it out",
-            )
+        for field in IGNORED:
+            if plan.model.get(field):
+                yield Problem(f"model.{field} is ignored by mla", f"model.{field}", "leave it out")
 
     @hookimpl
     def ds_attention(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:

@@ -79,6 +79,7 @@ class TorchLocal:
             "layernorm_zero_centered_gamma",
             "memory_efficient_layer_norm",
             "fused_residual_rmsnorm",
+            "use_te_activation_func",
         ):
             if getattr(settings.model, name):
                 yield Problem(

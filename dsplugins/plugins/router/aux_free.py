@@ -52,7 +52,7 @@ class AuxFree:
         """Sizes of experts and groups, and fields that would have no effect."""
         from dsplugins.plugins.router.sizes import router_problems
 
-        return list(router_problems(settings.model, "aux_free"))
+        return list(router_problems(settings.model, "aux_free", "moe_router_pre_softmax"))
 
     @hookimpl
     def ds_router(self, config: MLATransformerConfig) -> RouterFactory:

@@ -20,11 +20,14 @@ UNSERVED = (
 """Fields of megatron-core's TopKRouter that would have no effect here."""
 
 
-def router_problems(config: Any, plugin: str) -> Iterable[Problem]:
-    """Problems of a configuration with router `plugin`; none where the model has no experts."""
+def router_problems(config: Any, plugin: str, *others: str) -> Iterable[Problem]:
+    """Problems of a configuration with router `plugin`, which doesn't do `others` either.
+
+    None where the model has no experts.
+    """
     if not config.num_moe_experts:
         return
-    for field in UNSERVED:
+    for field in (*UNSERVED, *others):
         value = getattr(config, field)
         if value:
             said = f"model.{field}={value} would have no effect: router {plugin} doesn't do it"
