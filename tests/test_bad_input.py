@@ -59,7 +59,7 @@ FAULTS = [
     ("train.learning_rate=[{until: 5 stepz, to: 1}]", "'5 stepz' is not a count", "Of AdamW"),
     ("train=3", "train is not a mapping", "write `KEY: VALUE` below `train:`"),
     ("plugins.aux_free=3", "neither a mapping of options nor null", "write `aux_free: {}`"),
-    ("model.num_layers=x", "model.num_layers is missing or not", "set it"),
+    ("model.num_layers=x", "model.num_layers='x' is not a positive whole number", "without quotes"),
     ("nonsense", "'nonsense' is not KEY=VALUE", "train.steps=10"),
     # plugins and slots
     ("plugins.aux_fre={}", "plugins.aux_fre: no installed package offers", "did you mean aux_free"),

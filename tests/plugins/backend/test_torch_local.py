@@ -33,7 +33,7 @@ def test_linears_are_cores_and_no_global_of_core_moves():
 SOUND = {
     **dict(attention_dropout=0.0, context_parallel_size=1, window_size=None, softmax_type="vanilla"),
     **dict(apply_query_key_layer_scaling=False, normalization="RMSNorm", layernorm_zero_centered_gamma=False),
-    **dict(memory_efficient_layer_norm=False, fused_residual_rmsnorm=False),
+    **dict(memory_efficient_layer_norm=False, fused_residual_rmsnorm=False, use_te_activation_func=False),
     **dict(recompute_granularity=None, recompute_modules=["core_attn"]),
 }
 

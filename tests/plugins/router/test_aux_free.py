@@ -445,7 +445,7 @@ def problems(**changes) -> list[tuple[str, str]]:
     }
     from dsplugins.plugins.router.sizes import UNSERVED
 
-    config = SimpleNamespace(**(dict.fromkeys(UNSERVED) | sizes | changes))
+    config = SimpleNamespace(**(dict.fromkeys([*UNSERVED, "moe_router_pre_softmax"]) | sizes | changes))
     found = list(PLUGIN.ds_check(SimpleNamespace(), SimpleNamespace(model=config)))
     assert all(p.key in p.message and p.remedy for p in found)
     return [(p.key.removeprefix("model."), p.message) for p in found]
@@ -465,6 +465,7 @@ def problems(**changes) -> list[tuple[str, str]]:
         ({"moe_router_group_topk": 3}, "moe_router_group_topk"),
         ({"moe_router_num_groups": 8, "moe_router_group_topk": 1}, "moe_router_group_topk"),
         ({"moe_z_loss_coeff": 1e-3}, "moe_z_loss_coeff"),
+        ({"moe_router_pre_softmax": True}, "moe_router_pre_softmax"),
         ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor"),
         ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing"),
     ],
