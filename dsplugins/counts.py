@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
 from dsplugins import routers
 from dsplugins.model import bare
@@ -110,6 +112,23 @@ def of_model(chunks: Sequence[torch.nn.Module]) -> Counts:
     return Counts(*(count // ranks for count in summed.tolist()))
 
 
+def kept_a_token(chunks: Sequence[torch.nn.Module]) -> int | None:
+    """Numbers that decoding keeps of a token for the attention of these chunks' decoder layers.
+
+    Latent attention: the latent and the rotated key (61 x (512 + 64) for DeepSeek-V3: 70,272 bytes in BF16).
+    Core's other one: keys and values of each group. None where a layer has another attention. Without MTP.
+    """
+    kept = [_kept_by(layer.self_attention) for chunk in map(bare, chunks) for layer in chunk.decoder.layers]
+    return None if None in kept else sum(filter(None, kept))
+
+
+def _kept_by(attention: Any) -> int | None:
+    config = attention.config
+    if isinstance(attention, MultiLatentAttention):
+        return int(config.kv_lora_rank + config.qk_pos_emb_head_dim)
+    return int(2 * config.num_query_groups * config.kv_channels) if isinstance(attention, Attention) else None
+
+
 def parameters(config: Any, chunks: Sequence[torch.nn.Module]) -> tuple[int, int]:
     """(trainable, activated a token) of the whole model with MTP, embedding and head; collective."""
     counts = of_model(chunks)
@@ -148,4 +167,4 @@ def _shards(name: str, parameter: torch.Tensor) -> int:
     return 1
 
 
-__all__ = ["Counts", "copied", "of_model", "of_stage", "parameters", "share"]
+__all__ = ["Counts", "copied", "kept_a_token", "of_model", "of_stage", "parameters", "share"]

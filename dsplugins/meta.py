@@ -110,6 +110,7 @@ def _build_stages(
         "stand_ins": dict(substitutes),
         "stages": [asdict(row) for row in found.rows],
         "counts": found.counts.rows(counts.share(settled.model)),
+        "kv_cache_bytes": None if None in found.kept else 2 * sum(filter(None, found.kept)),
         "build_seconds": time.perf_counter() - began,
     }
 

@@ -62,6 +62,8 @@ class Found:
     rows: list[Row] = field(default_factory=list)
     counts: counts.Counts = counts.Counts()
     """Of the whole model."""
+    kept: list[int | None] = field(default_factory=list)
+    """`counts.kept_a_token` of each stage."""
     problems: list[Problem] = field(default_factory=list)
     chunks: list[Sequence[torch.nn.Module]] = field(default_factory=list)
     """Of each stage."""
@@ -84,6 +86,7 @@ def build_all(recipe: Recipe, plan: Plan, plugins: Plugins) -> Found:
             differing += audit.of_stage(stage)
             found.counts += counts.of_stage(stage.chunks)
             found.rows += _rows(number, stage)
+            found.kept.append(counts.kept_a_token(stage.chunks))
             found.chunks.append(stage.chunks)
             standing += names(settled.model, stage.chunks)
     said = [*audit.gathered(differing), *misplaced(plan, settled, standing)]

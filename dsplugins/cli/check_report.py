@@ -14,7 +14,7 @@ def text(findings: Mapping[str, Any], here: bool) -> str:
     """Layout, stages, counts and, with `here`, the machine; blocks between empty lines."""
     blocks = ["\n".join(_head(findings))]
     if "stages" in findings:
-        blocks += [_stages(findings["stages"]), _counts(findings["counts"])]
+        blocks += [_stages(findings["stages"]), _counts(findings["counts"]) + _cache(findings)]
     if "machine" in findings:
         blocks.append(_machine(findings["machine"]))
     blocks.append("\n".join(_end(findings, here)))
@@ -75,6 +75,11 @@ def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:
     for title in table[0][1:]:
         table = _right(table, title)
     return columns(table)
+
+
+def _cache(findings: Mapping[str, Any]) -> str:
+    kept = findings["kv_cache_bytes"]
+    return "" if kept is None else f"\nKV cache of a token in BF16: {kept:,} bytes."
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

@@ -61,6 +61,11 @@ def test_v3_has_the_published_number_of_parameters(v3, row, trainable, with_bias
     assert v3["counts"][row] == {"trainable": trainable, "with_correction_biases": with_biases}
 
 
+def test_v3_keeps_a_token_in_as_many_bytes_as_published(v3):
+    """61 x (512 + 64) numbers in BF16 (arXiv 2505.09343, table 1: 70.272 KB)."""
+    assert v3["kv_cache_bytes"] == 70_272
+
+
 def test_each_stage_of_v3_holds_what_one_rank_should(v3):
     stages = v3["stages"]
     assert [stage["stage"] for stage in stages] == list(range(16))

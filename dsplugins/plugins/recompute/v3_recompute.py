@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 from dsplugins.contracts import Plan, Problem, Settings
 from dsplugins.hookspecs import hookimpl
+from dsplugins.words import size
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from dsplugins.plugins.recompute.outputs import Report
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class V3Recompute:
     extension when it is first used. Core's `layernorm` there covers two norms of a layer and needs
     TransformerEngine; here all of them are covered, with any backend (see `outputs.Outputs`). Losses and
     gradients keep every bit. The chunk gets an attribute `ds_recompute_report` (`outputs.Report`) with
-    the measured bytes that the norms no longer hold.
+    the measured bytes that the norms no longer hold; a run tells them at its end.
     """
 
     Options = V3RecomputeOptions
@@ -40,6 +43,7 @@ class V3Recompute:
 
     def __init__(self, options: V3RecomputeOptions) -> None:
         self.options = options
+        self._reports: list[Report] = []
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
@@ -78,7 +82,18 @@ class V3Recompute:
         if self.options.norms:
             outputs.attach(chunk)
         setattr(chunk, "ds_recompute_report", outputs.report)  # noqa: B010  (Module's own type has no such field)
+        self._reports.append(outputs.report)
         return True
+
+    @hookimpl
+    def ds_run_end(self) -> Mapping[str, str]:
+        """How much the norms of rank 0 no longer held."""
+        norms, saved = (sum(getattr(r, name) for r in self._reports) for name in ("norms", "avoided_bytes"))
+        if not saved:
+            return {}
+        return {
+            "saved": f"{size(saved)} of activations a micro-batch on rank 0, the outputs of {norms} norms"
+        }
 
 
 def _norm_problems(config: MLATransformerConfig) -> Iterable[Problem]:

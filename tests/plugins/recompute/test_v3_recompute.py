@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsplugins.plugins.recompute.v3_recompute import V3Recompute, V3RecomputeOptions
+from dsplugins.words import size
 
 NORMS_ONLY = V3RecomputeOptions(mla_up_proj=False)
 
@@ -106,6 +107,16 @@ def test_the_reported_bytes_are_really_gone(single):
     report = built.ds_recompute_report
     assert before - after == report.avoided_bytes > 0
     print(f"{before:,} -> {after:,} bytes, {report.norms} norms")
+
+
+def test_a_run_tells_what_it_saved(single):
+    plugin = V3Recompute(NORMS_ONLY)
+    built = model(plugin)
+    assert plugin.ds_run_end() == {}, "nothing has run"
+    losses(built)
+    (said,) = plugin.ds_run_end().values()
+    assert f"the outputs of {built.ds_recompute_report.norms} norms" in said
+    assert said.startswith(size(built.ds_recompute_report.avoided_bytes))
 
 
 def test_every_norm_is_reached(single):
