@@ -51,6 +51,7 @@ def test_layout_equals_one_process(workers, alone, layout, alpha):
     ties = [result["ties"] for result in results]
     for result in results:
         alike = steps_alike(result["counts"], one["counts"], ties, ROUTERS)
+        assert alike, "the first step sees the same weights and the same tokens"
         for row, expected in list(zip(result["rows"], one["rows"], strict=True))[:alike]:
             same(row, expected)
         if alike == len(one["rows"]):
@@ -84,12 +85,44 @@ def test_alpha_is_seen(alone):
     assert abs(large["grad_norm"] / report["grad_norm"] - 1) > 1e-2
 
 
-def test_grouped_experts_train_as_sequential_ones(workers, alone):
-    swapped = ["plugins.sequential=null", "plugins.grouped={}"]
-    grouped = workers(1).run(trained_watched, swapped)[0]
+@pytest.mark.parametrize(("size", "layout"), [(1, []), LAYOUTS["ep2"], LAYOUTS["tp2"]])
+def test_grouped_experts_train_as_sequential_ones(workers, alone, size, layout):
+    swapped = ["plugins.sequential=null", "plugins.grouped={}", *layout]
+    grouped = workers(size).run(trained_watched, swapped)[0]
     for row, one in zip(grouped["rows"], alone["report"]["rows"], strict=True):
         assert row["loss"] == pytest.approx(one["loss"], abs=1e-6)
     assert grouped["counts"] == alone["report"]["counts"]
+
+
+GQA = [
+    "plugins.mla=null",
+    "plugins.gqa={}",
+    "model.num_query_groups=2",
+    "model.kv_channels=16",
+    "train.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def grouped_queries(workers):
+    return workers(1).run(trained_watched, GQA)[0]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_another_attention_is_the_same_in_every_layout(workers, grouped_queries, layout):
+    size, overrides = LAYOUTS[layout]
+    for result in workers(size).run(trained_watched, [*GQA, *overrides]):
+        for row, one in zip(result["rows"], grouped_queries["rows"], strict=True):
+            same(row, one)
+
+
+def test_what_a_dense_model_does_not_have_is_null(workers):
+    """No experts, no MTP, no schedule for either."""
+    from audit.provoke import DENSE
+
+    (row,) = workers(1).run(trained_watched, [*DENSE, "plugins.mtp=null", "train.steps=1"])[0]["rows"]
+    nothing = {key for key, value in row.items() if value is None}
+    assert nothing == {"mtp_loss", "aux_loss", "bias_update_rate", "mtp_weight", "max_vio"}
 
 
 # -- what explains a difference of counts ----------------------------------------------------------

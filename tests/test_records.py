@@ -14,6 +14,7 @@ def test_a_record_holds_what_its_numbers_depend_on(tmp_path):
     assert written["command"] == "dsplugins bench loop" and written["results"] == {"ratio": 1.0}
     assert {"processor", "cores", "memory_gib", "gpus"} == set(written["hardware"])
     assert {"torch", "megatron-core", "python"} <= set(written["versions"])
+    assert written["commit"] is None or len(written["commit"].rstrip("+")) == 40
 
 
 def test_a_newer_record_takes_the_place_of_the_older(tmp_path):
