@@ -22,6 +22,7 @@ from dsplugins.contracts import CONTRACT, SLOTS, Problem, RecipeError
 from dsplugins.environment import contradictions
 from dsplugins.failures import HookFailure
 from dsplugins.offers import GROUP, OWN, NoOffer, Offer, offers, qualified, resolve
+from dsplugins.sources import source
 from dsplugins.typed import build
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ class Plugins:
             yield implementation.plugin_name, result
 
     def lock(self) -> list[dict[str, Any]]:
-        """What `plugins.lock.json` holds: name, slot, distribution, version, class, options."""
+        """What `plugins.lock.json` holds: name, slot, distribution, version, class, options and source."""
+        return [{**entry, "source": source(entry["distribution"])} for entry in self._entries()]
+
+    def _entries(self) -> list[dict[str, Any]]:
         return [
             {
                 "name": item.name,
@@ -132,8 +136,11 @@ class Plugins:
         ]
 
     def digest(self) -> str:
-        """Hash of the lock: equal on ranks that resolved the same plugins with the same options."""
-        return hashlib.sha256(json.dumps(self.lock(), sort_keys=True, default=str).encode()).hexdigest()
+        """Hash of the lock: equal on ranks that resolved the same plugins with the same options.
+
+        Without sources, for which each of thousands of ranks would ask git.
+        """
+        return hashlib.sha256(json.dumps(self._entries(), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def choose(recipe: Recipe) -> Plugins:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsplugins.rundir import versions
+from dsplugins.sources import commit
 
 
 def write(folder: Path, name: str, command: Sequence[str], results: Mapping[str, Any]) -> Path:
@@ -25,7 +25,7 @@ def write(folder: Path, name: str, command: Sequence[str], results: Mapping[str,
         "command": " ".join(command),
         "hardware": hardware(),
         "versions": versions(),
-        "commit": commit(),
+        "commit": commit(Path(__file__).parent),
         "results": results,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,19 +33,6 @@ def write(folder: Path, name: str, command: Sequence[str], results: Mapping[str,
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, path)
     return path
-
-
-def commit() -> str | None:
-    """Of the source that ran, with a plus where it had been changed; None where it isn't in git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        number = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout
-        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return number.strip() + "+" * bool(changed)
 
 
 def hardware() -> dict[str, Any]:

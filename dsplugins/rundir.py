@@ -270,12 +270,18 @@ def _cut(file: Path, step: int) -> None:
     os.replace(partial, file)
 
 
+DRIVER = Path("/sys/module/nvidia/version")
+"""Where Linux tells the version of NVIDIA's driver, if it is there."""
+
+
 def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
+    """Versions of what a run's numbers depend on; the driver's where there is one."""
     found = {"python": platform.python_version()}
     for name in ("dsplugins", "torch", "megatron-core", "transformer-engine", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    with suppress(OSError):
+        found["driver"] = DRIVER.read_text().strip()
     return found
