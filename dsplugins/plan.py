@@ -173,7 +173,8 @@ POSITIVE = ("init_method_std", "layernorm_epsilon", "rotary_base", "rotary_scali
 def _length(plan: Plan) -> Iterable[Problem]:
     train = plan.train
     if (train.steps is None) == (train.tokens is None):
-        yield Problem("train needs `steps` or `tokens`, one of them", "train", "drop one: `tokens: null`")
+        remedy = "give one of them" if train.steps is None else "drop one: `tokens: null`"
+        yield Problem("train needs `steps` or `tokens`, one of them", "train", remedy)
     for name, value in (("steps", train.steps), ("tokens", train.tokens)):
         if value is not None and value <= 0:
             yield Problem(f"train.{name}={value} is not positive", f"train.{name}", "give a positive number")

@@ -173,7 +173,9 @@ def _base(name: str, path: Path, place: str, problems: list[Problem]) -> Path | 
     found = next((folder / name for folder in folders if (folder / name).is_file()), None)
     if found is None:
         depths = ("*.yaml", "*/*.yaml")
-        names = [str(p.relative_to(f)) for f in folders for depth in depths for p in f.glob(depth)]
+        names = [
+            str(p.relative_to(f)) for f in folders for depth in depths for p in f.glob(depth) if p != path
+        ]
         near = difflib.get_close_matches(name, names, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"looked in {' and '.join(map(shown_path, folders))}"
         problems.append(Problem(f"extends: {name}: there is no such file", "extends", remedy, place))
