@@ -311,12 +311,12 @@ def test_incomplete_models_are_refused(admit):
         initialise([Marked(admit)], SEED, STD)
 
 
-def test_two_million_parameters_take_less_than_a_second():
+def test_two_million_parameters_take_less_than_a_second_of_a_processor():
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     from dsplugins.weights import fill
 
     shard = ShardedTensor.from_rank_offsets("x", torch.empty(2048, 1024))
-    start = time.perf_counter()
+    start = time.process_time()
     fill(shard, SEED, STD)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0

@@ -182,10 +182,10 @@ def test_no_sources(tmp_path, plan):
 
 
 def test_the_standard_library_loads_fast(plan):
-    start = time.perf_counter()
+    start = time.process_time()
     data = source().ds_data(plan(seq_length=256, sequences=64))
-    seconds = time.perf_counter() - start
-    assert seconds < 2, seconds
+    seconds = time.process_time() - start
+    assert seconds < 2, "of a processor, whoever else is busy"
     assert data.facts["train_bytes"] > 5_000_000
     baselines = data.baselines()
     assert 2.1 < baselines["bigram"] < 2.8 < 3.0 < baselines["unigram"] < 3.5
