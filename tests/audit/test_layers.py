@@ -185,6 +185,46 @@ def test_a_function_that_core_never_called(workers):
     ]
 
 
+def with_norms_left_out() -> list[str]:
+    """Core's own attention whose norms are identities, where core has a projection with a norm inside."""
+    from audit.provoke import hook, unaudited, verdict
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer import mla_qk_norm_config
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    from dsplugins.plugins.attention.mla import Mla
+    from dsplugins.plugins.backend.local_provider import TorchLocalProvider
+
+    class Fused(ColumnParallelLinear):
+        """Stands for TransformerEngine's LayerNormLinear."""
+
+    class Core(TorchLocalProvider):
+        def column_parallel_layer_norm_linear(self):
+            return Fused
+
+    own = Mla.ds_attention
+
+    def without_norms(self, config, backend):
+        spec = own(self, config=config, backend=backend)
+        spec.module = MLASelfAttention
+        spec.submodules.q_layernorm = spec.submodules.kv_layernorm = IdentityOp
+        return spec
+
+    with (
+        mock.patch.object(mla_qk_norm_config, "get_backend", lambda *_: Core()),
+        mock.patch.object(Mla, "ds_attention", hook(without_norms)),
+        unaudited() as run,
+    ):
+        return verdict(run)
+
+
+def test_core_s_resolver_puts_other_projections_in_the_place_of_those_that_were_named(workers):
+    found = " ".join(workers(1).run(with_norms_left_out)[0])
+    for up in ("q", "kv"):
+        assert f"linear_{up}_up_proj is Fused, chosen was ColumnParallelLinear" in found
+
+
 # -- a number format that wraps the backend's linears ----------------------------------------------
 
 
