@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +10,7 @@ from dsplugins.contracts import Problem
 from dsplugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -31,6 +32,9 @@ class Fp8V3Options:
     scales: Literal["report", "power_of_two"] = "report"
     """`report`: powers of two in the three places of section 3.3.3, FP32 elsewhere; `power_of_two`:
     everywhere, as DeepSeek-V3.1."""
+    keep_weights: bool = False
+    """Cast each weight once a step, in either direction, and not in each micro-batch. Two bytes more for each
+    weight; the same numbers."""
     outside: Literal["bf16", "fp32"] = "bf16"
     """Format of weights, activations and messages outside of the products: the report's, or `fp32`, in which
     layouts can be compared to the last digits. The products are the same."""
@@ -107,7 +111,16 @@ class Fp8V3:
         from dsplugins.plugins.precision.fp8.rule import Choice
 
         options = self.options
-        return Fp8Provider(backend, Choice(options.backend, options.scales, options.products))
+        choice = Choice(options.backend, options.scales, options.products, options.keep_weights)
+        return Fp8Provider(backend, choice)
+
+    @hookimpl
+    def ds_grads_ready(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Let codes of weights go before the optimizer changes those."""
+        if self.options.keep_weights:
+            from dsplugins.plugins.precision.fp8 import weight_codes
+
+            weight_codes.forget(chunks)
 
 
 def _not_swiglu(config: MLATransformerConfig) -> Iterable[Problem]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsplugins.numerics.tiles import ROW, SMALLEST_GRADIENT, SQUARE, Quantised, dequantise, unrounded
-from dsplugins.plugins.precision.fp8 import swiglu
+from dsplugins.plugins.precision.fp8 import swiglu, weight_codes
 
 if TYPE_CHECKING:
     from dsplugins.plugins.precision.fp8.rule import Rule
@@ -49,7 +49,7 @@ def output(x: Quantised, weight: torch.Tensor, splits: Sequence[int], rule: Rule
     stack = _stack(weight)
     if "fprop" not in rule.products:
         return rule.arithmetic.product(x, unrounded(stack, SQUARE), splits, dtype)
-    codes = rule.arithmetic.blocks(stack, rule.weight)
+    codes = weight_codes.of(weight, stack, rule)
     _watch(rule, "fprop.w", stack.unbind(), codes.unbind())
     return rule.arithmetic.product(x, codes, splits, dtype)
 
@@ -60,7 +60,7 @@ def input_gradient(
     """dy [T, N] times each weight: [T, K]. Square tiles serve both directions."""
     if "dgrad" not in rule.products:
         return rule.arithmetic.product(dy, unrounded(_stack(weight), SQUARE).t, splits, dtype)
-    codes = rule.arithmetic.blocks(_stack(weight), rule.weight, transposed=True)
+    codes = weight_codes.of(weight, _stack(weight), rule, transposed=True)
     return rule.arithmetic.product(dy, codes, splits, dtype)
 
 

@@ -33,6 +33,7 @@ class Choice:
     backend: str = "reference"
     scales: Scales = "report"
     products: tuple[Name, ...] = ALL
+    keep_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Rule:
     """Format in which the input is kept for the weight gradient."""
     products: tuple[Name, ...] = ALL
     """Those that take FP8 operands; the others take what they would be made of."""
+    keep_weights: bool = False
+    """Whether a weight's codes serve all micro-batches of a step."""
     watch: Watch = field(default_factory=Watch, compare=False)
     """Sees what is quantised by this rule."""
 
@@ -84,4 +87,5 @@ def rule_for(linear: str, routed: bool, choice: Choice) -> Rule | None:
         weight=everywhere,
         keeps="e5m6" if linear == "proj" else "e4m3",
         products=choice.products,
+        keep_weights=choice.keep_weights,
     )

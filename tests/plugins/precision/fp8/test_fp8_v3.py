@@ -108,6 +108,35 @@ def test_quantising_is_seen_and_small(workers, experts):
         assert row["loss"] == pytest.approx(one["loss"], rel=5e-3)
 
 
+def casting(overrides):
+    """Rows of a run, and how often a weight was cast."""
+    from unittest import mock
+
+    from dsplugins.plugins.precision.fp8.reference import Reference
+
+    casts, own = [], Reference.blocks
+
+    def counting(self, *given, **more):
+        casts.append(1)
+        return own(self, *given, **more)
+
+    with mock.patch.object(Reference, "blocks", counting):
+        return trained(overrides)["rows"], len(casts)
+
+
+@pytest.mark.parametrize("experts", [[], GROUPED])
+def test_weights_cast_once_a_step_give_the_same_numbers(workers, experts):
+    """Eight micro-batches a step, two steps, an evaluation."""
+    changes = [*FP8, *experts, "train.steps=2"]
+    rows, often = workers(1).run(casting, changes)[0]
+    again, once = workers(1).run(casting, [*changes, "plugins.fp8_v3.keep_weights=true"])[0]
+    for row, one in zip(again, rows, strict=True):
+        assert all(row[key] == one[key] for key in ("loss", "mtp_loss", "grad_norm"))
+    # Both directions in each of 8 micro-batches and 2 steps, one in each of 8 of the evaluation.
+    weights, rest = divmod(often, 2 * 8 * 2 + 8)
+    assert rest == 0 and once == weights * (2 * 2 + 1)
+
+
 def test_packed_experts_are_experts_in_turn(workers):
     """Every loss and count of the five steps, bit for bit; the norm sums their gradients in another order."""
     in_turn = workers(1).run(trained, FP8)[0]
