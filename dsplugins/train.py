@@ -16,7 +16,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import blame, changes, environment, process_group, rank
+from dsplugins import blame, changes, environment, process_group, rank, unanswered
 from dsplugins.contracts import EnvironmentUnfit, Evaluation, RunEnd, Step, Train
 from dsplugins.failures import HookFailure
 from dsplugins.plan import prepare
@@ -49,7 +49,8 @@ def train(recipe: Recipe, fresh: bool = False, accept: bool = False) -> None:
         from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
 
         directory = RunDirectory(Path(plan.run.directory))
-        with _alone(directory), Wishes().heard() as wishes, blame.named(plugins):
+        patience = unanswered.told(plan.run.timeout_minutes)
+        with _alone(directory), Wishes().heard() as wishes, patience, blame.named(plugins):
             run = assemble(recipe, plan, plugins, platform, device)
             Loop(run, directory, display, wishes).run(recipe, fresh, accept)
     finally:

@@ -142,7 +142,11 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
     code, said = finish(process)
     assert code not in (0, 75), said
     assert time.monotonic() - began < 90
-    assert status(tmp_path, "hung")["code"] == code
+    told = status(tmp_path, "hung")
+    assert told["code"] == code
+    expected = "rank 0: no answer from other ranks within run.timeout_minutes=0.15: a rank hangs or is gone ("
+    assert told["reason"].startswith(expected) and told["reason"].count("Timed out") == 1
+    assert told["reason"] in said
 
 
 FULL = """
