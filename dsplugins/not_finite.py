@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,10 @@ from dsplugins import optimizer_groups
 if TYPE_CHECKING:
     from dsplugins.assemble import Assembly
     from dsplugins.contracts import Step
+
+
+MOST = 3
+"""Dumps of a run that skips such steps: they may be many."""
 
 
 class NotFinite(RuntimeError):
@@ -27,13 +31,28 @@ def is_finite(step: Step) -> bool:
     return all(number is None or math.isfinite(number) for number in numbers)
 
 
-def dump(run: Assembly, step: Step, sequences: int, folder: Path) -> Path:
-    """Write `folder/rank-R.json`: the step, its samples, and this rank's parameters with such gradients.
+def enough(folder: Path) -> bool:
+    """Whether other steps have left MOST dumps beside `folder`; the same on all ranks."""
+    return sum(other != folder for other in folder.parent.glob("step-*")) >= MOST
 
-    `sequences` have been trained on, those of the step included.
+
+def dump(run: Assembly, step: Step, sequences: int, folder: Path) -> str:
+    """Write `folder/rank-R.json`; where it is, or why there is none: a full disk must not hide the cause.
+
+    It holds the step, its samples, and names of this rank's parameters that are not finite or have such
+    gradients. `sequences` have been trained on, those of the step included.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {
+    facts = _facts(run, step, sequences)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rank-{run.rank}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        return f"no dump in {folder}: {error.strerror or type(error).__name__}"
+    return f"see {folder}"
+
+
+def _facts(run: Assembly, step: Step, sequences: int) -> dict[str, Any]:
+    return {
         "step": step.step,
         "loss": str(step.loss),
         "mtp_loss": str(step.mtp_loss),
@@ -44,9 +63,6 @@ def dump(run: Assembly, step: Step, sequences: int, folder: Path) -> Path:
         "gradients_not_finite": _bad_gradients(run.chunks),
         "weights_not_finite": _bad_weights(run.chunks),
     }
-    path = folder / f"rank-{run.rank}.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
-    return path
 
 
 def _bad_gradients(chunks: Sequence[torch.nn.Module]) -> list[str]:
@@ -61,4 +77,4 @@ def _bad_weights(chunks: Sequence[torch.nn.Module]) -> list[str]:
     return [name for parameter, name in names.items() if not bool(parameter.isfinite().all())]
 
 
-__all__ = ["NotFinite", "dump", "is_finite"]
+__all__ = ["NotFinite", "dump", "enough", "is_finite"]

@@ -16,7 +16,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import blame, changes, environment, process_group, rank
+from dsplugins import blame, changes, environment, process_group, rank, unanswered
 from dsplugins.contracts import EnvironmentUnfit, Evaluation, RunEnd, Step, Train
 from dsplugins.failures import HookFailure
 from dsplugins.plan import prepare
@@ -49,7 +49,8 @@ def train(recipe: Recipe, fresh: bool = False, accept: bool = False) -> None:
         from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
 
         directory = RunDirectory(Path(plan.run.directory))
-        with _alone(directory), Wishes().heard() as wishes, blame.named(plugins):
+        patience = unanswered.told(plan.run.timeout_minutes)
+        with _alone(directory), Wishes().heard() as wishes, patience, blame.named(plugins):
             run = assemble(recipe, plan, plugins, platform, device)
             Loop(run, directory, display, wishes).run(recipe, fresh, accept)
     finally:
@@ -122,7 +123,7 @@ class Loop:
             progress = progress.after(step)
             over = _over(self.plan.train, step.step, step.tokens)
             self._report(step, over)
-            self._refuse_not_finite(step, progress)
+            self._meet_not_finite(step, progress)
             self._save(progress, self.wishes.stop, over)
             if self._due(step.step, over):
                 self._evaluate(step.step)
@@ -183,19 +184,31 @@ class Loop:
             )
         return [f"{taken} steps were taken here before and no checkpoint was finished: starting over"]
 
-    def _refuse_not_finite(self, step: Step, progress: Progress) -> None:
-        """Raise NotFinite, with a dump of every rank, unless the recipe says to skip such steps."""
+    def _meet_not_finite(self, step: Step, progress: Progress) -> None:
+        """Raise NotFinite, with a dump of every rank; where such steps are skipped, only dump a few."""
         from dsplugins import not_finite
 
-        if self.plan.train.not_finite == "skip" or not_finite.is_finite(step):
+        if not_finite.is_finite(step):
             return
         folder = self.directory.path / "not_finite" / f"step-{step.step:08d}"
-        not_finite.dump(self.assembly, step, progress.sequences, folder)
-        self.saver.close()
-        raise not_finite.NotFinite(
-            f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}; see {folder}; "
-            f"last good checkpoint: {self.saver.newest() or 'none'}"
-        )
+        goes_on = self.plan.train.not_finite == "skip"
+        if goes_on and not_finite.enough(folder):
+            return
+        where = not_finite.dump(self.assembly, step, progress.sequences, folder)
+        said = f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}; {where}"
+        if goes_on:
+            self.display.say(f"{said}; train.not_finite=skip goes on")
+            return
+        failure = self._closed()
+        raise not_finite.NotFinite(f"{said}; last good checkpoint: {self.saver.newest() or 'none'}{failure}")
+
+    def _closed(self) -> str:
+        """Finish what is being saved before something worse is told; what went wrong, to be added."""
+        try:
+            self.saver.close()
+        except Exception as error:
+            return f"; {' '.join(str(error).split())}"
+        return ""
 
     def _save(self, progress: Progress, asked: signal.Signals | None, over: bool) -> None:
         """Save where it is time to, on all ranks together; stop where one of them was asked to.

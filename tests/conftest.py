@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent
 pytest_plugins = ["dsplugins.testing"]
 LONGEST = (
     "test_resume.py",
+    "test_resume_killed.py",
     "launch/test_slurm.py",
     "test_layouts.py",
     "plugins/precision/fp8/test_fp8_v3.py",

@@ -115,18 +115,36 @@ def test_weight_gradients_are_added_in_the_product(single, nvidias, monkeypatch)
     assert torch.allclose(*gradients, rtol=1e-6)
 
 
-def test_its_presence_decides_nothing():
-    """Two steps of the tiny run, with NVIDIA's apex and without, in processes of their own: the same bits."""
-    line = (
-        "from dsplugins.testing import world; from runs import trained; import torch.distributed as dist;"
-        "world.prepare_cpu(); dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1);"
-        "rows = trained(['train.steps=2'])['rows'];"
-        "print([(row['loss'], row['grad_norm']) for row in rows])"
-    )
-    said = []
-    for path in ([], [str(NVIDIA)]):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(Path(__file__).parent)])}
-        done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout.splitlines()[-1])
-    assert said[0] == said[1] and "(" in said[0]
+BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
+RUNS = (
+    ["train.steps=2"],
+    ["train.steps=2", *BF16, "plugins.v3_recompute={}"],
+    ["train.steps=2", "plugins.sequential=null", "plugins.grouped={}", "plugins.adamw.zero=false"],
+)
+LINE = f"""
+import torch.distributed as dist
+from dsplugins.testing import world
+from runs import trained
+world.prepare_cpu()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for overrides in {RUNS}:
+    rows = trained(overrides)["rows"]
+    print("numbers", [(row["loss"], row["grad_norm"]) for row in rows])
+"""
+
+
+def numbers(*paths):
+    """Losses and norms of RUNS in a process of its own, with `paths` to import from."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", LINE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("numbers")]
+
+
+def test_presence_decides_nothing():
+    """With NVIDIA's apex, with TransformerEngine and without: the same bits, and none of their kernels."""
+    here = Path(__file__).parent
+    alone = numbers()
+    assert len(alone) == len(RUNS)
+    assert numbers(NVIDIA) == alone
+    assert numbers(here / "transformer_engine_there") == alone

@@ -10,40 +10,51 @@ import pytest
 from dsplugins.testing import JobFailed
 
 
-def poisoned(folder, policy):
-    """Train four steps; the gradients of the third one are not finite on the last rank only."""
+def poisoned(folder, policy, harmed=(3,), save_fails=False):
+    """Train to one step after the last of `harmed`, whose gradients are not finite on the last rank only."""
     from pathlib import Path
 
     import torch
     from runs import assembled
 
+    from dsplugins.contracts import EnvironmentUnfit
     from dsplugins.recipe import Recipe
     from dsplugins.rundir import RunDirectory
     from dsplugins.show import Display
     from dsplugins.train import Loop
     from dsplugins.wishes import Wishes
 
+    def failing():
+        raise EnvironmentUnfit("checkpoint of step 2: no room")
+
     class Loops(Loop):
         def _finish(self, done):
             pass
 
-    overrides = [f"train.not_finite={policy}", "train.steps=4", "evaluate.sequences=0", "save.every=1"]
+    overrides = [
+        f"train.not_finite={policy}",
+        f"train.steps={harmed[-1] + 1}",
+        "evaluate.sequences=0",
+        "save.every=1",
+    ]
     with assembled(overrides) as run:
         taken, model = [], run.chunks[0].module
         forward_backward = run.forward_backward
 
-        def third_is_harmed(**kwargs):
+        def some_are_harmed(**kwargs):
             losses = forward_backward(**kwargs)
             taken.append(1)
-            if len(taken) == 3 and run.rank == torch.distributed.get_world_size() - 1:
+            if len(taken) in harmed and run.rank == torch.distributed.get_world_size() - 1:
                 for parameter in model.parameters():
                     parameter.main_grad.fill_(math.inf)
             return losses
 
-        object.__setattr__(run, "forward_backward", third_is_harmed)
+        object.__setattr__(run, "forward_backward", some_are_harmed)
         loaded = Recipe.load(str(Path(__file__).parent / "tiny.yaml"), [])
         before = [p.detach().clone() for p in model.parameters()]
         loop = Loops(run, RunDirectory(Path(folder)), Display(speaks=False), Wishes())
+        if save_fails:
+            loop.saver.close = failing
         loop.run(loaded)
         after = list(model.parameters())
         assert all(bool(p.isfinite().all()) for p in after)
@@ -54,16 +65,46 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def dumps(folder, step):
+    """Of all ranks."""
+    files = sorted((folder / "not_finite" / f"step-{step:08d}").iterdir())
+    return [json.loads(file.read_text()) for file in files]
+
+
 def test_skip_leaves_one_update_out(workers, tmp_path):
     assert workers(2).run(poisoned, str(tmp_path), "skip") == [True, True]
     assert [row["skipped"] for row in rows(tmp_path)] == [False, False, True, False]
     assert rows(tmp_path)[2]["grad_norm"] is None and rows(tmp_path)[3]["grad_norm"] > 0
+    assert len(dumps(tmp_path, 3)) == 2 and len(list((tmp_path / "not_finite").iterdir())) == 1
+
+
+def test_skipped_steps_leave_a_few_dumps(workers, tmp_path):
+    workers(2).run(poisoned, str(tmp_path), "skip", (1, 2, 3, 4, 5, 6))
+    assert [row["skipped"] for row in rows(tmp_path)] == [True] * 6 + [False]
+    assert [len(dumps(tmp_path, step)) for step in (1, 2, 3)] == [2, 2, 2]
+    assert len(list((tmp_path / "not_finite").iterdir())) == 3
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_a_dump_that_cannot_be_written_hides_nothing(workers, tmp_path, policy):
+    (tmp_path / "not_finite").write_text("in the way")
+    if policy == "skip":
+        assert workers(2).run(poisoned, str(tmp_path), policy) == [True, True]
+        return
+    with pytest.raises(
+        JobFailed, match="NotFinite: step 3: .*; no dump in .*: (Not a directory|File exists)"
+    ):
+        workers(2).run(poisoned, str(tmp_path), policy)
+
+
+def test_a_save_that_failed_hides_nothing(workers, tmp_path):
+    with pytest.raises(JobFailed, match="NotFinite: step 3: .*; checkpoint of step 2: no room"):
+        workers(2).run(poisoned, str(tmp_path), "stop", (3,), True)
 
 
 def test_stop_names_the_dump_and_the_last_good_checkpoint(workers, tmp_path):
     with pytest.raises(JobFailed, match="step 3: .*last good checkpoint: .*step-00000002"):
         workers(2).run(poisoned, str(tmp_path), "stop")
-    folder = tmp_path / "not_finite" / "step-00000003"
-    dumps = [json.loads(file.read_text()) for file in sorted(folder.iterdir())]
-    assert len(dumps) == 2 and dumps[0]["training_samples"] == [16, 24]
-    assert any("output_layer.weight" in name for each in dumps for name in each["gradients_not_finite"])
+    found = dumps(tmp_path, 3)
+    assert len(found) == 2 and found[0]["training_samples"] == [16, 24]
+    assert any("output_layer.weight" in name for each in found for name in each["gradients_not_finite"])

@@ -10,42 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-import forks
 import pytest
-
-TINY = Path(__file__).parent / "tiny.yaml"
-SETUP = ["run.world_size=2", "parallel.expert=2", "train.micro_batch=2", "train.steps=12"]
-SETUP += ["evaluate.sequences=0", "save.every=3"]
-BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
-LOADS = ["plugins.expert_load.plots=false"]
-NUMBERS = (
-    *("step", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "max_vio", "learning_rate"),
-    "expert_load",  # in multiples of the mean, which is 64 tokens here: three digits are the counts
-)
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def command(name, *more):
-    train = [sys.executable, "-m", "dsplugins", "train", str(TINY)]
-    return [*train, *SETUP, *BF16, *LOADS, f"run.directory={name}", *more]
-
-
-def start(folder, name, *more):
-    return forks.Fork(command(name, *more), folder, ENVIRONMENT)
-
-
-def finish(process):
-    said, _ = process.communicate(timeout=180)
-    return process.returncode, said
-
-
-def rows(folder, name):
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [{key: row[key] for key in NUMBERS} for row in map(json.loads, lines)]
+from two_ranks import ENVIRONMENT, command, finish, ranks_of, rows, start
 
 
 def status(folder, name):
@@ -57,12 +24,6 @@ def wait_for_step(folder, name, step, process):
     while not (file.exists() and len(file.read_text().splitlines()) >= step):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-
-
-def ranks_of(process):
-    """Process ids of the launcher's ranks."""
-    listed = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
-    return [int(word) for word in listed.stdout.split()]
 
 
 def wait_for_checkpoint(folder, name, process):
@@ -181,7 +142,11 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
     code, said = finish(process)
     assert code not in (0, 75), said
     assert time.monotonic() - began < 90
-    assert status(tmp_path, "hung")["code"] == code
+    told = status(tmp_path, "hung")
+    assert told["code"] == code
+    expected = "rank 0: no answer from other ranks within run.timeout_minutes=0.15: a rank hangs or is gone ("
+    assert told["reason"].startswith(expected) and told["reason"].count("Timed out") == 1
+    assert told["reason"] in said
 
 
 FULL = """

@@ -108,17 +108,24 @@ def writes(single, tmp_path, monkeypatch):
         return step
 
     monkeypatch.setattr(module.store, "save", save)
+    made = background(tmp_path, monkeypatch, lambda *some: [])
+    yield made, asked, failing
+    made._writer.shutdown()
+    dist.destroy_process_group(made._group)
+
+
+def background(folder, monkeypatch, pieces):
+    """A saver that writes in the background, of a run of one rank that holds `pieces`."""
+    from dsplugins import saver as module
+
     monkeypatch.setattr(module, "optimizer_steps", lambda *some: {})
-    monkeypatch.setattr(module, "pieces", lambda *some: [])
+    monkeypatch.setattr(module, "pieces", pieces)
     monkeypatch.setattr(module, "gather_weights", lambda *some: None)
     options = SimpleNamespace(asynchronous=True, keep=1, keep_every=0, every=0, minutes=0.0)
     plan = SimpleNamespace(save=options, run=SimpleNamespace(timeout_minutes=1.0), layout=SimpleNamespace())
     plugins, data = SimpleNamespace(event=lambda name: []), SimpleNamespace(facts={})
     run = Model(plan=plan, rank=0, chunks=[], optimizer=None, plugins=plugins, data=data)
-    made = module.Saver(run, tmp_path)
-    yield made, asked, failing
-    made._writer.shutdown()
-    dist.destroy_process_group(made._group)
+    return module.Saver(run, folder)
 
 
 def test_a_failure_in_the_background_does_not_cost_the_next_checkpoint(writes):
@@ -134,6 +141,65 @@ def test_a_failure_in_the_background_does_not_cost_the_next_checkpoint(writes):
     assert saver.save(Progress(steps=6)) is None
     saver.close()
     assert asked[-1] == (6, False)
+
+
+def test_what_is_written_in_the_background_is_the_state_at_save(single, tmp_path, monkeypatch):
+    """Weights and plugins go on while the writer is held back."""
+    import threading
+
+    import torch
+    import torch.distributed as dist
+
+    from dsplugins import saver as module
+    from dsplugins.checkpoint import store
+    from dsplugins.checkpoint.pieces import Piece
+    from dsplugins.step import Progress
+
+    go, saved = threading.Event(), store.save
+
+    def held_back(*given):
+        assert go.wait(60)
+        return saved(*given)
+
+    monkeypatch.setattr(module.store, "save", held_back)
+    live, numbers = torch.full((4, 3), 1.0), [1]
+    made = background(tmp_path, monkeypatch, lambda *some: [Piece("weights/x", (4, 3), (0, 0), live, True)])
+    made._states["mine"] = SimpleNamespace(version=1, save=lambda: {"numbers": numbers})
+    made.save(Progress(steps=2))
+    live.fill_(2.0)
+    numbers.append(2)
+    go.set()
+    made.close()
+    found, _ = store.newest_good(tmp_path, made._group)
+    into = Piece("weights/x", (4, 3), (0, 0), torch.zeros(4, 3), True)
+    store.load(found, [into], made._group)
+    assert bool((into.data == 1.0).all()), "the writer saw a later step"
+    assert found.manifest()["plugins"]["mine"]["state"] == {"numbers": [1]}
+    dist.destroy_process_group(made._group)
+
+
+@pytest.mark.parametrize(("minutes", "later"), [(0.5, 30.0), (2.0, 120.0)])
+def test_minutes_are_counted_from_the_last_save(writes, monkeypatch, minutes, later):
+    from dsplugins import saver as module
+    from dsplugins.step import Progress
+
+    saver, asked, _ = writes
+    saver._options.minutes = minutes
+    began = saver._saved_at
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=began + later - 1)
+    monkeypatch.setattr(module, "time", clock)
+    assert not saver.due(1)
+    clock.now += 1
+    assert saver.due(2)
+    saver.save(Progress(steps=2))
+    clock.now += later - 1
+    assert not saver.due(3)
+    clock.now += 1
+    assert saver.due(3)
+    saver._options.minutes = 0.0
+    assert not saver.due(3), "0 saves by steps alone"
+    saver._options.every = 3
+    assert saver.due(3) and not saver.due(4)
 
 
 def test_a_disk_that_stays_full_ends_the_run(writes):

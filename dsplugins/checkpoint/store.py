@@ -8,6 +8,7 @@ the checkpoint count. A process that is killed at any instant leaves a partial f
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -69,7 +70,7 @@ def save(
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
     rank = dist.get_rank(group)
-    together(group, lambda: _fresh(partial) if rank == 0 else None)
+    together(group, lambda: _fresh(partial, final) if rank == 0 else None)
     writer = dcp.FileSystemWriter(partial, sync_files=True)
     try:
         dcp.save({}, storage_writer=writer, planner=PieceSaver(held), process_group=group)
@@ -155,7 +156,11 @@ def prune(folder: Path, keep: int, keep_every: int) -> list[Checkpoint]:
     return gone
 
 
-def _fresh(partial: Path) -> None:
+def _fresh(partial: Path, final: Path) -> None:
+    if final.exists():  # a run goes on from its newest, and sets aside what is newer: this is somebody else's
+        raise FileExistsError(
+            errno.EEXIST, "there already, and no finished checkpoint is replaced", str(final)
+        )
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
@@ -180,9 +185,7 @@ def _commit(partial: Path, final: Path, files: Mapping[str, Any], facts: Mapping
         stream.flush()
         os.fsync(stream.fileno())
     _sync_folder(partial)
-    if final.exists():  # of an earlier run of this directory, damaged or no longer wanted
-        shutil.rmtree(final)
-    os.rename(partial, final)
+    os.rename(partial, final)  # which replaces no folder that holds anything
     _sync_folder(final.parent)
 
 

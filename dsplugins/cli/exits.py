@@ -88,6 +88,7 @@ def reason_of(error: BaseException) -> str:
     """The same in one line, as `status.json` holds it."""
     from dsplugins.contracts import EnvironmentUnfit, RecipeError
     from dsplugins.failures import PluginFailure
+    from dsplugins.unanswered import NoAnswer
     from dsplugins.wishes import Stopped
 
     if isinstance(error, RecipeError):
@@ -99,6 +100,8 @@ def reason_of(error: BaseException) -> str:
         return said
     if isinstance(error, PluginFailure):
         return f"{_rank()}{error.said()}"
+    if isinstance(error, NoAnswer):
+        return f"{_rank()}{said}"
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{_rank()}{type(error).__name__}: {said}{notes}"
 

@@ -1,4 +1,7 @@
-"""A process that is killed at any instant of a save leaves the last finished checkpoint, whole."""
+"""The store alone: a process killed at any instant of a save leaves the last finished checkpoint whole.
+
+One process with tensors of its own; `test_resume_killed.py` kills a run of two ranks.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -98,6 +99,19 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, group):
     blocked.write_text("")
     with pytest.raises(OSError, match="rank 0: Not a directory"):
         save(blocked / "checkpoints", 1, group)
+
+
+def test_a_finished_one_is_never_replaced(tmp_path, group):
+    """Not before another one is written, and not by one that was written meanwhile."""
+    first = save(tmp_path, 1, group)
+    with pytest.raises(OSError, match="rank 0: there already, .*step-00000001$"):
+        store.save(tmp_path, 1, [piece(7)], {}, group)
+    assert not list(tmp_path.glob("*.partial")) and value_of(first, group) == 1
+    other = tmp_path / "elsewhere"
+    shutil.copytree(first.path, other)
+    with pytest.raises(OSError, match="not empty"):
+        store._commit(other, first.path, {}, {})
+    assert store.newest_good(tmp_path, group) == (first, []) and value_of(first, group) == 1
 
 
 def test_damaged_ones_are_set_aside_and_push_no_good_one_out(tmp_path, group):

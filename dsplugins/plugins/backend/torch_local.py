@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -99,12 +98,12 @@ class TorchLocal:
 
 
 def _recomputed_norms(config: MLATransformerConfig) -> Iterable[Problem]:
-    """Core's `layernorm` there calls TransformerEngine without looking whether it is there (NameError)."""
-    asked = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
-    if asked and importlib.util.find_spec("transformer_engine") is None:
+    """Core's `layernorm` there calls TransformerEngine without looking whether it is there (NameError).
+    Where it is, the recipe would run, and is refused all the same: what is installed decides nothing.
+    """
+    if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
         yield Problem(
-            "model.recompute_modules: layernorm needs TransformerEngine, which isn't installed here",
+            "model.recompute_modules: layernorm is made for the norms of TransformerEngine",
             key="model.recompute_modules",
             remedy="leave it out and name the plugin v3_recompute, which covers all norms with any backend",
-            kind="environment",
         )

@@ -18,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from dsplugins.plugins.optimizer.bf16_moments import Bf16MomentsAdamW
+from dsplugins.plugins.optimizer.plain_chain import PlainChain
 from dsplugins.plugins.optimizer.steps import keep_steps
 
 
@@ -40,14 +41,20 @@ def build_optimizer(
     """
     _refuse_contradictions(config, chunks, moments, fused)
     _refuse_idle_patterns(no_decay, chunks)
-    config = copy.copy(config)
+    limit, config = config.clip_grad, copy.copy(config)
     config.lr, config.min_lr = 0.0, None
-    optimizer = get_megatron_optimizer(
+    config.clip_grad = 0.0  # PlainChain clips
+    built = get_megatron_optimizer(
         config,
         list(chunks),
         config_overrides=_without_decay(no_decay),
         use_gloo_process_groups=_gloo_groups_exist(),
     )
+    assert type(built) is ChainedOptimizer, (
+        f"core 0.19 makes a chain of optimizers, not {type(built).__name__}"
+    )
+    device = next(chunks[0].parameters()).device
+    optimizer = PlainChain(built.chained_optimizers, limit, device)
     parts = list(leaves(optimizer))
     for part in parts:
         _choose_class(part, config, moments, fused, kernel)

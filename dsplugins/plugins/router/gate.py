@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import Router
+
+from dsplugins.plugins.router.logits import GateLogits
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -47,9 +49,10 @@ class CountingRouter(Router):
         return self.routing(self.gating(input))
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [S, B, E] in `moe_router_dtype`, without core's check of the weight's device each time."""
+        """Logits [S, B, E] in `moe_router_dtype`, whatever is installed; the weight stays where it is."""
         dtype = DTYPES.get(self.config.moe_router_dtype, input.dtype)
-        return router_gating_linear(input, self.weight, self.bias, dtype)
+        logits: torch.Tensor = GateLogits.apply(input, self.weight, self.bias, dtype)
+        return logits
 
     @property
     def recording(self) -> bool:

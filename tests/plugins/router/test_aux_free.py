@@ -105,6 +105,26 @@ def test_equals_core(single, dtype, half):
         assert torch.equal(mine, core)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gates_product_is_cores_to_the_bit(single, dtype, bias):
+    """Forward and backward, from BF16, where core has no kernel of TransformerEngine."""
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    from dsplugins.plugins.router.logits import GateLogits
+
+    found = []
+    for product in (router_gating_linear, GateLogits.apply):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(5, 2, 16), (8, 16), *([(8,)] if bias else [])]
+        given = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
+        logits = product(given[0], given[1], given[2] if bias else None, dtype)
+        logits.square().sum().backward()
+        assert logits.dtype == dtype
+        found.append([logits, *(tensor.grad for tensor in given)])
+    assert all(torch.equal(theirs, ours) for theirs, ours in zip(*found, strict=True))
+
+
 def test_weights_do_not_see_the_bias(single):
     """The same bias on all experts changes no choice, and so nothing at all."""
     built, x = build(), hidden()

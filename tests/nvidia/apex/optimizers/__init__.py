@@ -46,3 +46,7 @@ class FusedAdam(torch.optim.Optimizer):
                 v.mul_(beta2).add_(g * g, alpha=1 - beta2)
                 update = (m / (1 - beta1**count)) / ((v / (1 - beta2**count)).sqrt() + group["eps"])
                 param.sub_(group["lr"] * (update + group["weight_decay"] * param))
+
+
+class FusedSGD(torch.optim.SGD):
+    """Core imports it along with FusedAdam."""
