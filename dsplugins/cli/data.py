@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +82,18 @@ def build(
     from dsplugins.corpora.build import build as make
     from dsplugins.corpora.tokenizer import V3_MARKS, TokenizerFile
     from dsplugins.quiet import quiet
+    from dsplugins.wishes import Interrupted, interruptible
 
     quiet()
     named = {mark: marks[mark] or name for mark, name in V3_MARKS.items()}
     file = TokenizerFile(tokenizer, named)
     wanted = Wanted(inputs, file, out, patterns, key, fim_rate, seed, skip_bad, overwrite)
     try:
-        with _bar() as (say, advance):
+        with interruptible(), _bar() as (say, advance):
             made = make(wanted, workers, lambda bad: say(str(bad)), advance)
+    except Interrupted as asked:
+        click.echo(f"stopped by {asked.name}: nothing was written to {out}", err=True)
+        raise SystemExit(128 + asked.number) from None
     except BuildRefused as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
@@ -118,12 +122,8 @@ def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None]]]
             task, total=progress.total, completed=progress.read, documents=progress.documents, refresh=False
         )
 
-    if console.is_terminal:
-        bar.start()
-    try:
+    with bar if console.is_terminal else nullcontext():
         yield lambda text: console.print(text, markup=False), advance
-    finally:
-        bar.stop()
 
 
 def _told(out: Path, made: Sidecar) -> str:
