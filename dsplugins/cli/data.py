@@ -144,8 +144,9 @@ def _told(out: Path, made: Sidecar) -> str:
     "--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Documents to show."
 )
 @click.option("--tokenizer", type=FILE, help="Its tokenizer.json, where it has no sidecar or it has moved.")
+@click.option("--verify", is_flag=True, help="Read all of it, and compare SHA-256 with its sidecar's.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def show(prefix: Path, samples: int, tokenizer: Path | None, as_json: bool) -> None:
+def show(prefix: Path, samples: int, tokenizer: Path | None, verify: bool, as_json: bool) -> None:
     """Show counts, lengths and some documents of a corpus, and how it was made."""
     from dataclasses import asdict
 
@@ -157,12 +158,31 @@ def show(prefix: Path, samples: int, tokenizer: Path | None, as_json: bool) -> N
     missing = [end for end in (".bin", ".idx") if not prefix.with_name(prefix.name + end).is_file()]
     if missing:
         raise click.UsageError(f"{prefix}{missing[0]} is not there: PREFIX is a corpus without its ending")
+    if verify:
+        _verify(prefix)
     file = _tokenizer(prefix, tokenizer) if samples else None
     with waiting(f"reading {prefix}"):
         summary = look(prefix, samples, file)
     click.echo(json.dumps(asdict(summary), indent=1, ensure_ascii=False) if as_json else _page(summary))
     if samples and file is None:
         click.echo("no documents shown: it has no sidecar, give its --tokenizer", err=True)
+
+
+def _verify(prefix: Path) -> None:
+    """Say that the files are as they were built. Raises EnvironmentUnfit where they are not."""
+    from dsplugins.cli.waiting import waiting
+    from dsplugins.contracts import EnvironmentUnfit
+    from dsplugins.corpora import sidecar
+    from dsplugins.corpora.reading import AGAIN, changed
+
+    described = sidecar.read(prefix)
+    if described is None:
+        raise click.UsageError(f"--verify: {sidecar.place(prefix)}, which has the digests, is not there")
+    with waiting(f"reading all of {prefix}"):
+        faults = changed(prefix, described)
+    if faults:
+        raise EnvironmentUnfit(f"{'; '.join(faults)}: {AGAIN}")
+    click.echo(f"{prefix}: every file is as it was built", err=True)
 
 
 def _tokenizer(prefix: Path, elsewhere: Path | None) -> TokenizerFile | None:
