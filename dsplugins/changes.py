@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dsplugins import kept
 
 if TYPE_CHECKING:
     from dsplugins.manager import Plugins
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 ABSENT = "absent"
 REMEDY = "--accept-changes goes on with it, --fresh starts over, run.directory=... begins beside it"
 """What to do where a run would go on as another one."""
+RESTORE = "put back a copy of it; to train, --fresh starts over, run.directory=... begins beside it"
+"""What to do where it isn't known any more what a run was made from."""
 DATA = ("tokenizer", "digest")
 """Facts of the data without which a run is another one."""
 IGNORED = ("run.directory",)
@@ -38,12 +44,30 @@ class Change:
 def of_run(path: Path) -> dict[str, str]:
     """Everything that a run directory says of how its run was made: `key -> value`, flat.
 
-    Raises FileNotFoundError where there is no run.
+    Raises FileNotFoundError where there is no run, RecipeError where a file of it is damaged.
     """
-    resolved: Any = OmegaConf.to_container(OmegaConf.load(path / "recipe.resolved.yaml"), resolve=False)
-    lock = json.loads((path / "plugins.lock.json").read_text())
-    versions = {f"versions.{name}": version for name, version in lock["versions"].items()}
-    return dict(_flat(resolved)) | _sources(lock["plugins"]) | versions
+    resolved = _recipe(path / "recipe.resolved.yaml")
+    file = path / "plugins.lock.json"
+    lock = kept.mapping(file, RESTORE)
+    try:
+        versions = {f"versions.{name}": version for name, version in lock["versions"].items()}
+        return dict(_flat(resolved)) | _sources(lock["plugins"]) | versions
+    except (KeyError, TypeError, AttributeError) as error:
+        raise kept.damaged(file, "is no lock of plugins and versions", RESTORE) from error
+
+
+def _recipe(file: Path) -> dict[str, Any]:
+    """A resolved recipe, read back."""
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        said = " ".join(str(error).split())
+        raise kept.damaged(file, f"can't be read: {said}", RESTORE) from error
+    if not found or not isinstance(found, dict):
+        raise kept.damaged(file, "holds no recipe" if found else "is empty", RESTORE)
+    return found
 
 
 def between(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
@@ -56,12 +80,16 @@ def between(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
 def since(path: Path, recipe: Recipe, plugins: Plugins) -> list[Change]:
     """What of recipe and plugins has changed since the run in `path` was started.
 
-    Versions of Python, torch and megatron-core are left out: `dsplugins diff` shows those.
+    Versions of Python, torch and megatron-core are left out: `dsplugins diff` shows those. Raises RecipeError
+    where what the run was made from is damaged or gone.
     """
     resolved: Any = OmegaConf.to_container(OmegaConf.create(recipe.resolved()), resolve=False)
     now = dict(_flat(resolved)) | _sources(plugins.lock())
-    before = {key: value for key, value in of_run(path).items() if not key.startswith("versions.")}
-    return between(before, now)
+    try:
+        made = of_run(path)
+    except FileNotFoundError as error:
+        raise kept.damaged(Path(error.filename), "is gone", RESTORE) from error
+    return between({key: value for key, value in made.items() if not key.startswith("versions.")}, now)
 
 
 def data_of(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import rank
+from dsplugins import kept, rank
 from dsplugins.contracts import EnvironmentUnfit
 
 if TYPE_CHECKING:
@@ -69,9 +70,8 @@ class RunDirectory:
         return (self.path / "run.json").exists()
 
     def steps(self) -> int:
-        """Steps that the run here took."""
-        with (self.path / "metrics.jsonl").open("rb") as file:
-            return sum(1 for _ in file)
+        """Steps that the run here took. Raises RecipeError where their log is damaged."""
+        return len(kept.rows(self.path / "metrics.jsonl"))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -199,10 +199,7 @@ class RunDirectory:
 
     def evaluated(self) -> set[int]:
         """Steps that `evaluations.jsonl` has."""
-        file = self.path / "evaluations.jsonl"
-        return (
-            {json.loads(line)["step"] for line in file.read_text().splitlines()} if file.exists() else set()
-        )
+        return {row["step"] for row in kept.rows(self.path / "evaluations.jsonl")}
 
     def end(self, code: int, reason: str, *, overrule: bool = False, **facts: Any) -> dict[str, Any]:
         """Write `status.json`: torchrun hides exit codes, this file keeps them. Returns what it then holds.
@@ -249,24 +246,16 @@ class RunDirectory:
             os.close(folder)
 
     def _unfit(self, error: OSError) -> EnvironmentUnfit:
-        kept = sorted((self.path / "checkpoints").glob("step-*[0-9]"))
-        goes_on = f"; make room, and the same command goes on from {kept[-1]}" if kept else ""
+        saved = sorted((self.path / "checkpoints").glob("step-*[0-9]"))
+        goes_on = f"; make room, and the same command goes on from {saved[-1]}" if saved else ""
         return EnvironmentUnfit(f"run.directory {self.path} can't be written: {error.strerror}{goes_on}")
 
 
 def _cut(file: Path, step: int) -> None:
     """Keep a log's lines up to `step`, without a last one that was not written whole."""
-    kept = []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] > step:
-            break
-        kept.append(line + "\n")
+    rows = takewhile(lambda row: row["step"] <= step, kept.rows(file))
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(partial, file)
 
 

@@ -1,4 +1,7 @@
-"""What a run has been asked for from outside: to save and stop (SIGTERM, SIGINT, SIGUSR1)."""
+"""What a run has been asked for from outside: to save and stop (SIGTERM, SIGINT, SIGUSR1).
+
+Other commands have nothing to finish: they clean up and end.
+"""
 
 from __future__ import annotations
 
@@ -37,4 +40,34 @@ class Wishes:
         self.stop = signal.Signals(number)
 
 
-__all__ = ["STOPS", "Stopped", "Wishes"]
+class Interrupted(BaseException):
+    """A command that keeps nothing half done was asked to stop; exit code 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.name = number, signal.Signals(number).name
+        super().__init__(self.name)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Meanwhile the first of those signals, or SIGHUP, raises Interrupted, and later ones do nothing.
+
+    A signal that is ignored, as nohup has it, stays so.
+    """
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            raise Interrupted(number)
+
+    heard = [each for each in (*STOPS, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["STOPS", "Interrupted", "Stopped", "Wishes", "interruptible"]

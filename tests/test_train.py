@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import forks
 import pytest
+from click.testing import CliRunner
+
+from dsplugins.cli import report
 
 TINY = Path(__file__).parent / "tiny.yaml"
+PLUGINS = ["plugins.expert_load={}", "plugins.curves={}", "plugins.bf16={}", "plugins.fp32=null"]
 FIELDS = {
     *("step", "time", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "learning_rate"),
     *("bias_update_rate", "mtp_weight", "global_batch", "max_vio", "tokens_per_second"),
@@ -25,8 +30,7 @@ def command(folder, *overrides):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    plugins = ["plugins.expert_load={}", "plugins.curves={}", "plugins.bf16={}", "plugins.fp32=null"]
-    done = command(folder, "parallel.expert=2", "run.directory=out", *plugins)
+    done = command(folder, "parallel.expert=2", "run.directory=out", *PLUGINS)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -71,10 +75,44 @@ def test_the_directory_tells_the_run(run):
 def test_a_second_call_says_complete(run):
     folder, _ = run
     before = (folder / "out" / "metrics.jsonl").read_text()
-    plugins = ["plugins.expert_load={}", "plugins.curves={}", "plugins.bf16={}", "plugins.fp32=null"]
-    done = command(folder, "parallel.expert=2", "run.directory=out", *plugins)
+    done = command(folder, "parallel.expert=2", "run.directory=out", *PLUGINS)
     assert done.returncode == 0 and "complete" in done.stdout
     assert (folder / "out" / "metrics.jsonl").read_text() == before
+
+
+def test_the_report_of_a_run(run, monkeypatch):
+    """What a run wrote is what its page reads."""
+    folder, _ = run
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(report.command, ["out"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    page = (folder / "out" / "report.html").read_text()
+    last = json.loads((folder / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    for shown in ("<td>complete</td>", "<td>5</td>", f"<td>{last['loss']:.5g}</td>", "<td>aux_free</td>"):
+        assert shown in page, shown
+    for title in ("Losses", "Schedules", "Expert load over time", "Validation", "A held-out line"):
+        assert f"<h2>{title}</h2>" in page, title
+    assert page.count("data:image/png;base64,") == 6
+
+
+@pytest.mark.parametrize("name", ["plugins.lock.json", "recipe.resolved.yaml"])
+def test_a_damaged_run_directory_is_one_message(run, tmp_path, name):
+    folder, _ = run
+    shutil.copytree(folder / "out", tmp_path / "out")
+    (tmp_path / "out" / name).write_text("")
+    done = command(tmp_path, "parallel.expert=2", "run.directory=out", *PLUGINS)
+    assert done.returncode == 4
+    assert done.stderr.startswith(f"out/{name}: is empty: put back a copy of it; ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_half_a_line_is_no_step(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder / "out", tmp_path / "out")
+    with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    done = command(tmp_path, "parallel.expert=2", "run.directory=out", *PLUGINS)
+    assert done.returncode == 0 and "complete (5 steps)" in done.stdout
 
 
 def test_what_megatron_refuses_ends_with_code_3(tmp_path):

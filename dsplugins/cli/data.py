@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +82,18 @@ def build(
     from dsplugins.corpora.build import build as make
     from dsplugins.corpora.tokenizer import V3_MARKS, TokenizerFile
     from dsplugins.quiet import quiet
+    from dsplugins.wishes import Interrupted, interruptible
 
     quiet()
     named = {mark: marks[mark] or name for mark, name in V3_MARKS.items()}
     file = TokenizerFile(tokenizer, named)
     wanted = Wanted(inputs, file, out, patterns, key, fim_rate, seed, skip_bad, overwrite)
     try:
-        with _bar() as (say, advance):
+        with interruptible(), _bar() as (say, advance):
             made = make(wanted, workers, lambda bad: say(str(bad)), advance)
+    except Interrupted as asked:
+        click.echo(f"stopped by {asked.name}: nothing was written to {out}", err=True)
+        raise SystemExit(128 + asked.number) from None
     except BuildRefused as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
@@ -118,12 +122,8 @@ def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None]]]
             task, total=progress.total, completed=progress.read, documents=progress.documents, refresh=False
         )
 
-    if console.is_terminal:
-        bar.start()
-    try:
+    with bar if console.is_terminal else nullcontext():
         yield lambda text: console.print(text, markup=False), advance
-    finally:
-        bar.stop()
 
 
 def _told(out: Path, made: Sidecar) -> str:
@@ -144,8 +144,9 @@ def _told(out: Path, made: Sidecar) -> str:
     "--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Documents to show."
 )
 @click.option("--tokenizer", type=FILE, help="Its tokenizer.json, where it has no sidecar or it has moved.")
+@click.option("--verify", is_flag=True, help="Read all of it, and compare SHA-256 with its sidecar's.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def show(prefix: Path, samples: int, tokenizer: Path | None, as_json: bool) -> None:
+def show(prefix: Path, samples: int, tokenizer: Path | None, verify: bool, as_json: bool) -> None:
     """Show counts, lengths and some documents of a corpus, and how it was made."""
     from dataclasses import asdict
 
@@ -157,12 +158,31 @@ def show(prefix: Path, samples: int, tokenizer: Path | None, as_json: bool) -> N
     missing = [end for end in (".bin", ".idx") if not prefix.with_name(prefix.name + end).is_file()]
     if missing:
         raise click.UsageError(f"{prefix}{missing[0]} is not there: PREFIX is a corpus without its ending")
+    if verify:
+        _verify(prefix)
     file = _tokenizer(prefix, tokenizer) if samples else None
     with waiting(f"reading {prefix}"):
         summary = look(prefix, samples, file)
     click.echo(json.dumps(asdict(summary), indent=1, ensure_ascii=False) if as_json else _page(summary))
     if samples and file is None:
         click.echo("no documents shown: it has no sidecar, give its --tokenizer", err=True)
+
+
+def _verify(prefix: Path) -> None:
+    """Say that the files are as they were built. Raises EnvironmentUnfit where they are not."""
+    from dsplugins.cli.waiting import waiting
+    from dsplugins.contracts import EnvironmentUnfit
+    from dsplugins.corpora import sidecar
+    from dsplugins.corpora.reading import AGAIN, changed
+
+    described = sidecar.read(prefix)
+    if described is None:
+        raise click.UsageError(f"--verify: {sidecar.place(prefix)}, which has the digests, is not there")
+    with waiting(f"reading all of {prefix}"):
+        faults = changed(prefix, described)
+    if faults:
+        raise EnvironmentUnfit(f"{'; '.join(faults)}: {AGAIN}")
+    click.echo(f"{prefix}: every file is as it was built", err=True)
 
 
 def _tokenizer(prefix: Path, elsewhere: Path | None) -> TokenizerFile | None:

@@ -78,13 +78,15 @@ def command(
     On `torchrun` it prints the line for each node; there is nothing to submit. A run that is stopped early
     saves, ends with code 75, and is started again by Slurm or Kubernetes until it is complete.
     """
+    from dsplugins.cli import launch_options
     from dsplugins.cli.train import prepared
     from dsplugins.launching.job import job
     from dsplugins.launching.templates import fill
     from dsplugins.recipe import Recipe
 
     template = _template(target, way)
-    cluster = _cluster(target, nodes, processes_per_node, options)
+    launch_options.refuse(target, {**options, "out": out}, dry_run)
+    cluster = _cluster(nodes, processes_per_node, options)
     loaded = Recipe.load(recipe, overrides)
     plugins, plan = prepared(loaded)
     work = job(loaded, plugins, plan, cluster, recipe, overrides)
@@ -92,35 +94,38 @@ def command(
     click.echo(
         f"nodes: {nodes}, ranks on each: {work.processes}; run directory: {work.run_directory}", err=True
     )
+    _tell_data(plugins)
     _tell_environment(plugins)
     if dry_run or target == "torchrun":
         click.echo(text, nl=False)
         return
     file = out or Path(work.name).with_suffix(Path(template).suffix)
-    file.write_text(text)
+    _write(file, text)
     _submit([*SUBMIT[target], str(file)])
 
 
 def _template(target: str, way: str | None) -> str:
     ways = [each for name, each in TEMPLATES if name == target]
     if way is not None and way not in ways:
-        raise click.UsageError(
-            f"--by {way} is no way to start on {target}: {' or '.join(filter(None, ways))}"
-        )
+        instead = " or ".join(filter(None, ways)) or "leave out --by"
+        raise click.UsageError(f"--by {way} is no way to start on {target}: {instead}")
     return TEMPLATES[target, ways[0] if way is None else way]
 
 
-def _cluster(target: str, nodes: int, processes: int | None, options: dict[str, Any]) -> Cluster:
-    """What was asked for as a Cluster. UsageError where the target needs something else."""
+def _cluster(nodes: int, processes: int | None, options: dict[str, Any]) -> Cluster:
+    """What was asked for as a Cluster."""
     from dsplugins.launching.job import Cluster
 
     claim, _, shared = options.pop("shared").rpartition(":")
-    if target == "kubernetes" and not (options["image"] and claim and shared.startswith("/")):
-        raise click.UsageError(
-            "kubernetes needs --image, which has dsplugins in it, and --shared CLAIM:FOLDER: a volume claim "
-            "that all pods can write to, and the folder where they see it"
-        )
     return Cluster(nodes=nodes, processes=processes, claim=claim, shared=shared, **options)
+
+
+def _tell_data(plugins: Plugins) -> None:
+    """What the run learns from, where the plugin has a word about it: a stand-in is not to be paid for."""
+    for item in plugins:
+        told = getattr(item.plugin, "told", "")
+        if item.slot == "data" and told:
+            click.echo(f"data: {item.name} ({told})", err=True)
 
 
 def _tell_environment(plugins: Plugins) -> None:
@@ -129,6 +134,16 @@ def _tell_environment(plugins: Plugins) -> None:
     lines = told(plugins) or ["nothing that a plugin asks for"]
     for line in lines:
         click.echo(f"environment: {line}", err=True)
+
+
+def _write(file: Path, text: str) -> None:
+    """Exit code 4 where that can't be done."""
+    from dsplugins.contracts import EnvironmentUnfit
+
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise EnvironmentUnfit(f"{file} can't be written: {error.strerror}; name another --out") from error
 
 
 def _submit(line: list[str]) -> None:

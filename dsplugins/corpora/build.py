@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -95,8 +95,8 @@ def build(
     encoder = Encoder(wanted.tokenizer, wanted.key, wanted.fim_rate, wanted.seed)
     progress = Progress(sum(file.size for file in files))
     wanted.out.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(wanted.out) as paths:
-        parts = _told(ordered(encoder, tasks(files), workers), progress, tell_bad, tell_progress)
+    with _partial(wanted.out) as paths, closing(ordered(encoder, tasks(files), workers)) as encoded:
+        parts = _told(encoded, progress, tell_bad, tell_progress)
         sizes = _write(parts, paths, wanted.tokenizer.vocab_size)
         _refuse_result(wanted, progress)
         with paths["bytes.npy"].open("wb") as stream:

@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from threading import Thread
 
 AHEAD = 4
 """Tasks a process that are begun before the first one's result is taken."""
@@ -19,10 +20,11 @@ PARALLEL = "TOKENIZERS_PARALLELISM"
 
 def ordered[Task, Result](
     work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """`work` of each task, in order. With one worker in this process, else in so many others.
 
-    `work` and its tasks are pickled: small. An exception of one task is raised in its turn.
+    `work` and its tasks are pickled: small. An exception of one task is raised in its turn. The others end
+    with this process, however it ends.
     """
     if workers == 1:
         with _one_thread():
@@ -32,8 +34,13 @@ def ordered[Task, Result](
     context = multiprocessing.get_context("spawn")
     with _one_thread():
         pool = ProcessPoolExecutor(workers, context, _begin)
+        others = set(multiprocessing.active_children())
         try:
             yield from _drained(pool, work, iter(tasks), workers * AHEAD)
+        except BaseException:  # nobody waits for what is not wanted any more
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -41,16 +48,34 @@ def ordered[Task, Result](
 def _drained[Task, Result](
     pool: ProcessPoolExecutor, work: Callable[[Task], Result], tasks: Iterator[Task], ahead: int
 ) -> Iterator[Result]:
-    waiting: deque[Future[Result]] = deque(pool.submit(work, task) for task in islice(tasks, ahead))
+    waiting = _submitted(pool, work, islice(tasks, ahead))
     while waiting:
         result = waiting.popleft().result()
-        waiting.extend(pool.submit(work, task) for task in islice(tasks, 1))
+        waiting.extend(_submitted(pool, work, islice(tasks, 1)))
         yield result
 
 
+def _submitted[Task, Result](
+    pool: ProcessPoolExecutor, work: Callable[[Task], Result], tasks: Iterable[Task]
+) -> deque[Future[Result]]:
+    """Processes are started here. Ctrl-C is for this one alone: they inherit that it is blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return deque(pool.submit(work, task) for task in tasks)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin() -> None:
-    """In a new process: Ctrl-C is for the one that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a new process: it ends when the one that started it has, be it killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was started by the pool"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

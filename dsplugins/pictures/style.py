@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsplugins import kept
 from dsplugins.contracts import Problem
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def save(drawn: Figure, path: Path) -> str:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Rows of `metrics.jsonl` by step; of a step that was run twice (after a resume) the later row.
 
-    A last line that a killed process left half written is dropped, a broken one elsewhere raises.
+    A last line that a killed process left half written is dropped; a broken one elsewhere raises RecipeError.
     """
     return _read(directory / "metrics.jsonl")
 
@@ -63,12 +63,7 @@ def read_evaluations(directory: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    rows = {row["step"]: row for row in map(json.loads, lines) if "step" in row}
+    rows = {row["step"]: row for row in kept.rows(path) if "step" in row}
     return [rows[step] for step in sorted(rows)]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dsplugins import kept
 from dsplugins.pictures.style import read_evaluations, read_metrics
 from dsplugins.words import duration, size
 
@@ -79,17 +79,17 @@ class Facts:
 
 
 def read(directory: Path) -> Facts:
-    """The facts of a run. Raises FileNotFoundError where there is no run."""
+    """The facts of a run. Raises FileNotFoundError where there is no run, RecipeError for a damaged file."""
     return Facts(
         directory=directory,
-        resolved=(directory / "recipe.resolved.yaml").read_text(),
+        resolved=(directory / "recipe.resolved.yaml").read_text(errors="replace"),
         lock=_json(directory / "plugins.lock.json"),
         built=_json(directory / "built.json"),
         run=_json(directory / "run.json"),
         status=_json(directory / "status.json"),
         rows=read_metrics(directory),
         evaluations=read_evaluations(directory),
-        changes=_lines(directory / "changes.jsonl"),
+        changes=kept.rows(directory / "changes.jsonl"),
         checkpoints=[
             path.name
             for path in sorted(directory.glob("checkpoints/step-*"))
@@ -100,13 +100,11 @@ def read(directory: Path) -> Facts:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Without a last line that is just being written."""
-    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in whole if line.endswith("\n")]
+    return (
+        kept.mapping(path, "put back a copy of it, or move it away: then the page is made without")
+        if path.exists()
+        else {}
+    )
 
 
 def _number(value: float | None) -> str:

@@ -107,6 +107,24 @@ def test_what_a_build_ends_with_is_one_line(bpe, tmp_path, monkeypatch, fault, s
     assert isinstance(done.exception, EnvironmentUnfit) and str(done.exception).startswith(said)
 
 
+def test_verify_tells_what_has_changed(corpus, bpe):
+    prefix = corpus("c", ["one two three"] * 9)
+    assert f"{prefix}: every file is as it was built\n" == run("show", prefix, "--verify").stderr
+    with prefix.with_name("c.bin").open("r+b") as file:
+        file.seek(4)
+        file.write(b"\0\0")
+    assert "documents" in run("show", prefix).stdout  # the sizes are right
+    done = CliRunner().invoke(command, ["show", str(prefix), "--verify"])
+    assert isinstance(done.exception, EnvironmentUnfit)
+    said = str(done.exception)
+    assert said.startswith(f"{prefix}.bin has SHA-256 ") and said.endswith(
+        "copy the corpus again, or build it again"
+    )
+    assert "idx" not in said
+    prefix.with_name("c.json").unlink()
+    assert "which has the digests, is not there" in run("show", prefix, "--verify", code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("end", "size", "said"),
     [

@@ -9,6 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from dsplugins.cli import launch
+from dsplugins.cli.launch_options import seconds
 from dsplugins.contracts import EnvironmentUnfit, RecipeError
 
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
@@ -48,6 +49,7 @@ def test_slurm_is_written_and_submitted(run, target, name, called):
     assert "gpus-per-node" not in text  # the recipe names the plugin cpu
     assert said.splitlines() == [
         "nodes: 2, ranks on each: 2; run directory: runs/tiny",
+        "data: python_source (a stand-in: Python's standard library)",
         "environment: nothing that a plugin asks for",
     ]
 
@@ -128,12 +130,99 @@ def test_a_recipe_that_does_not_fit_is_refused(run, arguments, said):
     ("arguments", "said"),
     [
         (["--on", "slurm", "--by", "jobset"], "--by jobset is no way to start on slurm: torchrun or srun"),
+        (["--on", "torchrun", "--by", "srun"], "--by srun is no way to start on torchrun: leave out --by"),
         (["--on", "kubernetes", "--image", "a"], "--shared CLAIM:FOLDER"),
+        ([*KUBERNETES[:-1], "claim:data"], "data is relative, and mounts are not: name it from /"),
+        ([*KUBERNETES, "--time", "1:00:00"], "--time means nothing on kubernetes, only on slurm"),
+        ([*KUBERNETES, "--partition", "big"], "--partition means nothing on kubernetes, only on slurm"),
+        (["--on", "slurm", "--namespace", "ns"], "--namespace means nothing on slurm, only on kubernetes"),
+        (["--on", "torchrun", "--out", "x"], "--out means nothing on torchrun, only on slurm and kubernetes"),
+        (["--on", "torchrun", "--image", "x"], "--image means nothing on torchrun"),
+        (["--on", "torchrun", "--shared", "/x"], "--shared means nothing on torchrun"),
+        (["--on", "torchrun", "--account", "x"], "--account means nothing on torchrun"),
+        (["--on", "slurm", "--out", "x", "--dry-run"], "--dry-run writes nothing, so there is no file"),
+        (
+            ["--on", "slurm", "--shared", "/data"],
+            "--shared /data is mounted in a container: name its --image",
+        ),
+        (["--on", "slurm", "--image", "a", "--shared", "data"], "--shared data is relative"),
+        (["--on", "slurm", "--image", "a", "--shared", "claim:/data"], "a claim is Kubernetes'"),
+        (["--on", "slurm", "--time", "tomorrow"], "--time tomorrow is no time of Slurm's: give MINUTES"),
+        (
+            ["--on", "slurm", "--time", "00:03:00"],
+            "--grace 300 is not less than --time 00:03:00, 180 seconds",
+        ),
+        (["--on", "slurm", "--time", "5"], "--grace 300 is not less than --time 5, 300 seconds"),
+        (["--on", "slurm", "--grace", "70000"], "Slurm takes 65535 seconds at most"),
         (["--on", "slurm", "--partition", "a\n#SBATCH --wrap=x"], "has characters other than"),
     ],
 )
 def test_usage(run, arguments, said):
-    assert said in run(*arguments, code=2).stderr
+    done = run(*arguments, code=2)
+    assert said in done.stderr and not done.stdout
+    assert [file.name for file in Path().iterdir()] == ["programs"]
+
+
+# As `man sbatch` has it: "Acceptable time formats include "minutes", "minutes:seconds",
+# "hours:minutes:seconds", "days-hours", "days-hours:minutes" and "days-hours:minutes:seconds"."
+# Zero asks for no limit.
+@pytest.mark.parametrize(
+    ("time", "wanted"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("01:02:03", 3723),
+        ("2-3", 183600),
+        ("2-3:04", 183840),
+        ("2-03:04:05", 183845),
+        ("0", None),
+        ("UNLIMITED", None),
+        ("", None),
+    ],
+)
+def test_times_of_slurm(time, wanted):
+    assert seconds(time) == wanted
+
+
+@pytest.mark.parametrize("time", ["1:2:3:4", "1-", "-1", "1-2-3", "1h", ":5", "5:", "1.5"])
+def test_no_times_of_slurm(time):
+    with pytest.raises(ValueError):
+        seconds(time)
+
+
+def test_a_grace_that_fits_is_taken(run):
+    printed = run("--on", "slurm", "--time", "00:05:01", "--dry-run").stdout
+    assert "#SBATCH --signal=TERM@300\n" in printed and "#SBATCH --time=00:05:01\n" in printed
+
+
+def test_a_file_that_can_not_be_written_is_told(run):
+    program("sbatch")
+    with pytest.raises(
+        EnvironmentUnfit, match="^nowhere/x.sbatch can't be written: No such file or directory"
+    ):
+        run("--on", "slurm", "--out", "nowhere/x.sbatch")
+    assert not Path("called").exists()
+
+
+def test_data_of_ones_own_is_no_stand_in(run):
+    here = "plugins.python_source.directory=."
+    assert "stand-in" not in run("--on", "slurm", "--dry-run", here).stderr
+
+
+def test_many_nodes_have_one_line(run):
+    few = run("run.world_size=8", "--on", "torchrun", "--nodes", "8").stdout
+    assert few.count("torch.distributed.run") == 8 and "NODE_RANK" not in few
+    sizes = ["run.world_size=9", "train.global_batch=9", "evaluate.sequences=9"]
+    many = run(*sizes, "--on", "torchrun", "--nodes", "9").stdout
+    assert many.count("torch.distributed.run") == 1 and many.endswith(" evaluate.sequences=9\n")
+    assert '--node-rank="${NODE_RANK:?number of this node}" ' in many and "0 to 8." in many
+
+
+def test_srun_alone_has_nothing_of_torchruns(run):
+    assert (
+        "torchrun" not in run("--on", "slurm", "--by", "srun", "--dry-run").stdout.replace(TINY, "").lower()
+    )
+    assert "TORCH_" not in run("--on", "slurm", "--by", "srun", "--dry-run").stdout
 
 
 def test_a_machine_without_slurm_keeps_the_file(run):

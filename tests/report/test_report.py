@@ -9,7 +9,9 @@ import re
 import pytest
 from click.testing import CliRunner
 
+from dsplugins.cli import exits
 from dsplugins.cli.report import command
+from dsplugins.contracts import RecipeError
 from dsplugins.report.facts import read
 from dsplugins.report.page import page
 
@@ -126,6 +128,16 @@ def test_a_run_that_is_being_written(run):
             file.write('{"step": 5, "lo')
     shown = text(page(read(run)))
     assert "checkpoints step-00000003.damaged, step-00000004" in shown and "partial" not in shown
+
+
+@pytest.mark.parametrize("name", ["run.json", "status.json", "built.json", "plugins.lock.json"])
+def test_a_damaged_file_is_named(run, name):
+    (run / name).write_text((run / name).read_text()[:-3])
+    with pytest.raises(RecipeError, match="is not JSON") as raised:
+        CliRunner().invoke(command, [str(run)], catch_exceptions=False)
+    assert exits.code_of(raised.value) == 4
+    said = exits.message_of(raised.value)
+    assert said.startswith(f"{run / name}: is not JSON: ") and said.endswith("the page is made without")
 
 
 def test_a_run_that_failed_says_why(run):

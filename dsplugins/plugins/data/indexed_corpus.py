@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.corpora import sidecar
-from dsplugins.corpora.reading import opened
+from dsplugins.corpora.reading import AGAIN, opened
 from dsplugins.corpora.sidecar import Sidecar, SidecarFault
 from dsplugins.corpora.tokenizer import V3_MARKS, TokenizerFile
 
@@ -83,8 +83,20 @@ class Corpus:
         return np.load(file, mmap_mode="r") if self.sidecar and file.is_file() else None
 
     def document(self, index: int) -> NDArray[Any]:
-        """Tokens of a document."""
-        return self.files[index]
+        """Tokens of a document. Raises EnvironmentUnfit for one that the corpus can't have."""
+        tokens = self.files[index]
+        if len(tokens):
+            self.refuse_strangers(int(tokens.min()), int(tokens.max()))
+        return tokens
+
+    def refuse_strangers(self, lowest: int, highest: int) -> None:
+        """Raise EnvironmentUnfit where tokens from `lowest` to `highest` are not all in the vocabulary."""
+        if lowest < 0 or highest >= self.vocab_size:
+            raise EnvironmentUnfit(
+                f"{self.prefix}.bin holds token {highest if lowest >= 0 else lowest}, and its tokenizer has "
+                f"{self.vocab_size} of them: it is damaged, as `dsplugins data show {self.prefix} --verify` "
+                f"tells, or of another tokenizer; {AGAIN}"
+            )
 
     def turned(self, tokens: NDArray[Any]) -> bool:
         """Whether a document is in fill-in-middle form."""

@@ -110,10 +110,15 @@ class Passes:
         seen_by_every_rank(folders, SHARED)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Sample `index`, any from 0 on: int64 [S + 1]. Pure."""
+        """Sample `index`, any from 0 on: int64 [S + 1]. Pure.
+
+        Raises EnvironmentUnfit for a token that the corpus can't have.
+        """
         number, place = divmod(index, self.samples)
         sample = self._pass(number)[place]
-        return torch.cat((sample["tokens"], sample["labels"][-1:]))
+        tokens = torch.cat((sample["tokens"], sample["labels"][-1:]))
+        self.part.corpus.refuse_strangers(int(tokens.min()), int(tokens.max()))
+        return tokens
 
     def _pass(self, number: int) -> GPTDataset:
         if number not in self._open:

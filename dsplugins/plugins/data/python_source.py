@@ -55,6 +55,11 @@ class PythonSource:
     def __init__(self, options: PythonSourceOptions) -> None:
         self._options = options
 
+    @property
+    def told(self) -> str:
+        """Nobody wants to train on it by mistake."""
+        return "" if self._options.directory else "a stand-in: Python's standard library"
+
     @hookimpl
     def ds_data(self, plan: Plan) -> Data:
         """The corpus. Raises EnvironmentUnfit where there are no sources or ranks differ, ValueError where

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dsplugins.contracts import RecipeError
 from dsplugins.pictures import curves
 from dsplugins.pictures.style import read_metrics
 from dsplugins.plugins.event.curves import Curves, CurvesOptions
@@ -63,8 +64,8 @@ def test_metrics_are_read_with_resumes_and_a_torn_end(write_metrics, tmp_path):
     write_metrics([row(1), row(2), row(3), row(2, loss=9.0)], tail='{"step": 3, "lo')
     rows = read_metrics(tmp_path)
     assert [(r["step"], r["loss"]) for r in rows] == [(1, 5.48), (2, 9.0), (3, 5.44)]
-    write_metrics([row(1)], tail="broken\n")
-    with pytest.raises(ValueError):
+    write_metrics([row(1)], tail='broken\n{"step": 2}\n')
+    with pytest.raises(RecipeError, match="line 2 is damaged"):
         read_metrics(tmp_path)
 
 
