@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from dsplugins import hookspecs
+from dsplugins import given, hookspecs
 from dsplugins.contracts import CONTRACT, SLOTS, Problem, RecipeError
 from dsplugins.environment import contradictions
 from dsplugins.failures import HookFailure
@@ -79,7 +79,8 @@ class Plugins:
         return next((item for item in self.chosen if item.slot == slot), None)
 
     def slot(self, slot: str, **arguments: Any) -> Any:
-        """Ask the owner of `slot` for its part. Raises HookFailure naming it when it fails or gives None."""
+        """Ask the owner of `slot` for its part. Raises HookFailure naming it when it fails, or gives None or
+        what can't be one (`dsplugins.given`)."""
         results = list(self._call(f"ds_{slot}", arguments))
         if not results or results[0][1] is None:
             owner = self.slots.get(slot, "nobody")
@@ -87,7 +88,10 @@ class Plugins:
         return results[0][1]
 
     def event(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
-        """Call every listener of an event, in recipe order: [(plugin name, what it returned)]."""
+        """Call every listener of an event, in recipe order: [(plugin name, what it returned)].
+
+        Raises HookFailure naming the one that fails, or returns what the event can't take.
+        """
         return list(self._call(hook, arguments))
 
     def listens(self, hook: str) -> bool:
@@ -98,7 +102,7 @@ class Plugins:
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             named = {name: arguments[name] for name in implementation.argnames}
             try:
-                result = implementation.function(**named)
+                result = given.look(hook, implementation.function(**named))
             except (RecipeError, HookFailure):
                 raise
             except Exception as error:
@@ -106,7 +110,8 @@ class Plugins:
 
                 if isinstance(error, EnvironmentUnfit):
                     raise
-                raise HookFailure(implementation.plugin_name, hook, error) from error
+                begins = _begins(implementation.function)
+                raise HookFailure(implementation.plugin_name, hook, error, begins) from error
             yield implementation.plugin_name, result
 
     def lock(self) -> list[dict[str, Any]]:
@@ -134,6 +139,12 @@ class Plugins:
     def digest(self) -> str:
         """Hash of the lock: equal on ranks that resolved the same plugins with the same options."""
         return hashlib.sha256(json.dumps(self.lock(), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _begins(function: Any) -> str:
+    """FILE:LINE of a hook, empty where it is no function of Python's."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
 
 
 def choose(recipe: Recipe) -> Plugins:

@@ -44,6 +44,10 @@ class Twice(torch.nn.Module):
     def forward(self, *args, **kwargs):
         return Double.apply(torch.ones(1, requires_grad=True))
 
+class Narrow(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+
 def failing():
     Twice()().sum().backward()
 """
@@ -77,6 +81,40 @@ class NoSpec:
     def ds_attention(self, plan, config, backend):
         return 3
 
+class ModuleNoFactory:
+    @hookimpl
+    def ds_experts(self, plan, config, backend):
+        from parts_of_it import Twice
+        return Twice()
+
+class OtherArguments:
+    @hookimpl
+    def ds_experts(self, plan, config, backend):
+        from parts_of_it import Narrow
+        return Narrow
+
+class NarrowAttention:
+    @hookimpl
+    def ds_attention(self, plan, config, backend):
+        from megatron.core.transformer.spec_utils import ModuleSpec
+        from parts_of_it import Narrow
+        return ModuleSpec(module=Narrow)
+
+class Listing:
+    @hookimpl
+    def ds_settings(self, plan):
+        return ["model.bf16"]
+
+class Saying:
+    @hookimpl
+    def ds_check(self, plan, settings):
+        yield "too much"
+
+class Wording:
+    @hookimpl
+    def ds_schedule(self, plan):
+        return "gpipe"
+
 class NoDispatcher:
     @hookimpl
     def ds_dispatcher(self, plan, config):
@@ -88,8 +126,17 @@ in_forward = offered_by_it:Forward
 in_init = offered_by_it:Init
 no_module = offered_by_it:NoModule
 no_factory = offered_by_it:NoFactory
+[dsplugins.experts]
+a_module = offered_by_it:ModuleNoFactory
+other_arguments = offered_by_it:OtherArguments
+[dsplugins.schedule]
+a_word = offered_by_it:Wording
+[dsplugins.event]
+a_list = offered_by_it:Listing
+a_text = offered_by_it:Saying
 [dsplugins.attention]
 no_spec = offered_by_it:NoSpec
+narrow = offered_by_it:NarrowAttention
 [dsplugins.dispatcher]
 no_dispatcher = offered_by_it:NoDispatcher
 """
@@ -114,9 +161,9 @@ def run(package, cwd, *arguments):
     return forks.run([sys.executable, "-m", "dsplugins", *map(str, arguments)], cwd=cwd, env=environment)
 
 
-def line_of(package, name, text):
+def line_of(package, name, text, after=0):
     lines = (package / name).read_text().splitlines()
-    return f"{package / name}:{next(i for i, line in enumerate(lines, 1) if text in line)}"
+    return f"{package / name}:{next(i for i, line in enumerate(lines, 1) if text in line) + after}"
 
 
 def test_what_a_module_raises_in_a_step_is_one_line_and_in_the_status(package, tmp_path):
@@ -135,22 +182,83 @@ def test_what_a_module_raises_in_a_step_is_one_line_and_in_the_status(package, t
 CHECKED = {
     "in_init": ("InInit.__init__: ValueError: not that many experts", "parts_of_it.py", "raise ValueError"),
     "no_module": ("ds_router: its factory made NoneType, not a Module", None, None),
-    "no_factory": ("ds_router: TypeError: gave int, not a factory", None, None),
-    "no_spec": ("ds_attention: TypeError: gave int, not a ModuleSpec", None, None),
+    "no_factory": (
+        "ds_router: TypeError: gave int 3, not a factory: give its class, or a partial of it",
+        "offered_by_it.py",
+        "class NoFactory:",
+    ),
+    "no_spec": (
+        "ds_attention: TypeError: gave int 3, not a ModuleSpec",
+        "offered_by_it.py",
+        "class NoSpec:",
+    ),
+    "a_module": (
+        "ds_experts: TypeError: gave Twice Twice(), not a factory",
+        "offered_by_it.py",
+        "class ModuleNoFactory:",
+    ),
+    "other_arguments": (
+        "ds_experts: its factory: Narrow.__init__() got an unexpected keyword argument 'pg_collection'",
+        None,
+        None,
+    ),
+    "narrow": (
+        "ds_attention: TypeError: Narrow(): got an unexpected keyword argument 'layer_number'; it is made "
+        "with config, layer_number, pg_collection, name",
+        None,
+        None,
+    ),
+    "a_list": (
+        "ds_settings: TypeError: gave list ['model.bf16'], not a mapping of names to values",
+        "offered_by_it.py",
+        "class Listing:",
+    ),
+    "a_text": (
+        "ds_check: TypeError: gave str 'too much', not a Problem",
+        "offered_by_it.py",
+        "class Saying:",
+    ),
+    "a_word": (
+        "ds_schedule: TypeError: gave str 'gpipe', not a contracts.PipelineSchedule: it has no chunks",
+        "offered_by_it.py",
+        "class Wording:",
+    ),
     "no_dispatcher": ("ds_dispatcher: its factory made NoneType, not a MoETokenDispatcher", None, None),
 }
-OWNERS = {"no_spec": "mla", "no_dispatcher": "alltoall"}
+OWNERS = {
+    "no_spec": "mla",
+    "narrow": "mla",
+    "no_dispatcher": "alltoall",
+    "a_module": "sequential",
+    "other_arguments": "sequential",
+    "a_word": "one_f_one_b",
+}
+"""Whose place they take: else the router's."""
+EVENTS = ("a_list", "a_text")
+
+
+def swapped(name):
+    owner = [] if name in EVENTS else [f"plugins.{OWNERS.get(name, 'aux_free')}=null"]
+    return [*owner, f"plugins.{name}={{}}"]
 
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_check_names_the_plugin_that_can_not_be_built(package, tmp_path, name):
     said, file, text = CHECKED[name]
-    swap = [f"plugins.{OWNERS.get(name, 'aux_free')}=null", f"plugins.{name}={{}}"]
-    done = run(package, tmp_path, "check", TINY, *swap)
+    done = run(package, tmp_path, "check", TINY, *swapped(name))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"tiny.yaml: plugin {name} failed in {said}" in done.stderr
+    assert f"plugin {name} failed in {said}" in done.stderr
     if file:
-        assert f" at {line_of(package, file, text)} (dsplugins --debug shows the calls)" in done.stderr
+        place = line_of(package, file, text, 1 if text.startswith("class ") else 0)
+        assert f" at {place} (dsplugins --debug shows the calls)" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a_list", "a_text", "a_word", "a_module"])
+def test_train_names_the_plugin_that_gives_something_else(package, tmp_path, name):
+    """Before a process is started where that can be, else on the rank."""
+    done = run(package, tmp_path, "train", TINY, *swapped(name), "run.directory=out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"plugin {name} failed in {CHECKED[name][0]}" in done.stderr
 
 
 def test_a_backward_pass_is_somebodys_too(package, monkeypatch):

@@ -85,10 +85,15 @@ def _layer(layer: Any, moe: bool, want: Wanted, config: Any) -> Iterator[str]:
 
 
 def _attention(attention: Any, want: Wanted, config: Any) -> Iterator[str]:
-    """Core's resolver may replace a projection that is not identically the backend's own."""
+    """Core's resolver may replace a projection that is not identically the backend's own.
+
+    An attention need not be made of submodules: one that computes scores itself names no `core_attention`.
+    """
     yield from differs("attention", attention, class_of(want.attention))
-    yield from differs("core attention", attention.core_attention, want.core_attention)
     chosen = vars(want.attention.submodules) if want.attention.submodules is not None else {}
+    if "core_attention" in chosen:
+        stands = getattr(attention, "core_attention", None)
+        yield from differs("core attention", stands, want.core_attention)
     for slot, factory in chosen.items():
         stands = getattr(attention, slot, None)
         if slot.startswith("linear_") and stands is not None:
