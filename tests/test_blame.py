@@ -110,6 +110,25 @@ class Saying:
     def ds_check(self, plan, settings):
         yield "too much"
 
+class Fresh:
+    @hookimpl
+    def ds_precision(self, plan, config, backend):
+        from dsplugins.plugins.backend.local_provider import TorchLocalProvider
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        class Mine(TorchLocalProvider):
+            def column_parallel_linear(self):
+                return type("Col", (ColumnParallelLinear,), {})
+
+        return Mine()
+
+class Meddling:
+    @hookimpl
+    def ds_model_built(self, chunks):
+        from dsplugins.model import bare
+        layer = bare(chunks[0]).decoder.layers[1].self_attention
+        layer.__class__ = type("Other", (type(layer),), {})
+
 class Wording:
     @hookimpl
     def ds_schedule(self, plan):
@@ -131,9 +150,12 @@ a_module = offered_by_it:ModuleNoFactory
 other_arguments = offered_by_it:OtherArguments
 [dsplugins.schedule]
 a_word = offered_by_it:Wording
+[dsplugins.precision]
+fresh = offered_by_it:Fresh
 [dsplugins.event]
 a_list = offered_by_it:Listing
 a_text = offered_by_it:Saying
+meddling = offered_by_it:Meddling
 [dsplugins.attention]
 no_spec = offered_by_it:NoSpec
 narrow = offered_by_it:NarrowAttention
@@ -208,6 +230,12 @@ CHECKED = {
         None,
         None,
     ),
+    "fresh": (
+        "ds_precision: TypeError: gave two classes Col, another each time that it was asked: make it once "
+        "(functools.cache)",
+        None,
+        None,
+    ),
     "a_list": (
         "ds_settings: TypeError: gave list ['model.bf16'], not a mapping of names to values",
         "offered_by_it.py",
@@ -228,6 +256,7 @@ CHECKED = {
 OWNERS = {
     "no_spec": "mla",
     "narrow": "mla",
+    "fresh": "fp32",
     "no_dispatcher": "alltoall",
     "a_module": "sequential",
     "other_arguments": "sequential",
@@ -253,12 +282,23 @@ def test_check_names_the_plugin_that_can_not_be_built(package, tmp_path, name):
         assert f" at {place} (dsplugins --debug shows the calls)" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["a_list", "a_text", "a_word", "a_module"])
+@pytest.mark.parametrize("name", ["a_list", "a_text", "a_word", "a_module", "fresh"])
 def test_train_names_the_plugin_that_gives_something_else(package, tmp_path, name):
     """Before a process is started where that can be, else on the rank."""
     done = run(package, tmp_path, "train", TINY, *swapped(name), "run.directory=out")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"plugin {name} failed in {CHECKED[name][0]}" in done.stderr
+
+
+def test_what_the_audit_refuses_is_one_message_of_all_ranks_and_their_code(package, tmp_path):
+    done = run(
+        package, tmp_path, "train", TINY, "plugins.meddling={}", "run.world_size=2", "run.directory=out"
+    )
+    said = "what is built is not what was chosen: decoder.1: attention is Other, chosen was "
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert done.stderr.count(said) == 1
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["code"] == 3 and said in status["reason"]
 
 
 def test_a_backward_pass_is_somebodys_too(package, monkeypatch):
