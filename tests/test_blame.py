@@ -311,12 +311,58 @@ def test_a_backward_pass_is_somebodys_too(package, monkeypatch):
     import parts_of_it
 
     offer = SimpleNamespace(distribution="somebodys", entry_point=SimpleNamespace(module="offered_by_it"))
-    plugins = [SimpleNamespace(name="twice", offer=offer)]
+    plugins = [SimpleNamespace(name="twice", offer=offer, plugin=None)]
     said = "plugin twice failed in Double.backward: ArithmeticError: no way back"
     with pytest.raises(PluginFailure, match=said), blame.named(plugins):
         parts_of_it.failing()
     with pytest.raises(KeyError), blame.named(plugins):  # nobody's but ours
         {}["x"]
+
+
+SEVERAL = """
+def size(of):
+    return 1 // of
+
+class Noisy:
+    def ds_check(self):
+        return size(0)
+    @staticmethod
+    def alone():
+        return 1 // 0
+
+class Watch:
+    def ds_check(self):
+        return Noisy().ds_check()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda module, noisy, watch: noisy.ds_check(), "plugin noisy failed in size"),
+        (lambda module, noisy, watch: module.Noisy.alone(), "plugin noisy failed in Noisy.alone"),
+        (lambda module, noisy, watch: watch.ds_check(), "plugin watch failed in size"),
+        (lambda module, noisy, watch: module.size(0), "plugin noisy or watch failed in size"),
+    ],
+)
+def test_one_of_several_plugins_in_a_package_is_named_alone(tmp_path, monkeypatch, call, said):
+    """By the object whose method is being called, or the class that has the function; else nobody knows."""
+    import importlib
+    from types import SimpleNamespace
+
+    from dsplugins import blame
+
+    (tmp_path / "several_in_one.py").write_text(SEVERAL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("several_in_one")
+    plugins = []
+    for cls in (module.Noisy, module.Watch):
+        entry_point = SimpleNamespace(module="several_in_one", attr=cls.__name__)
+        offer = SimpleNamespace(distribution="several", entry_point=entry_point)
+        plugins.append(SimpleNamespace(name=cls.__name__.lower(), offer=offer, plugin=cls()))
+    with pytest.raises(ZeroDivisionError) as raised:
+        call(module, *(item.plugin for item in plugins))
+    assert f"{said}: ZeroDivisionError" in str(blame.of_a_guest(raised.value, plugins))
 
 
 def test_an_error_of_core_while_it_builds_names_the_parts_of_other_packages():

@@ -48,10 +48,62 @@ class Right:
         return {}
 
 
-def made(cls):
+class FromTheFuture(Right):
+    contract = ">=9"
+
+
+class Unreadable(Right):
+    contract = "the newest"
+
+
+class First:
+    @hookimpl(tryfirst=True)
+    def ds_step_end(self, step):
+        return {}
+
+
+class Last:
+    @hookimpl(trylast=True)
+    def ds_step_end(self, step):
+        return {}
+
+
+class Around:
+    @hookimpl(wrapper=True)
+    def ds_step_end(self, step):
+        return (yield)
+
+
+class AroundAsOfOld:
+    @hookimpl(hookwrapper=True)
+    def ds_step_end(self, step):
+        yield
+
+
+class Elsewhere:
+    @hookimpl
+    def ds_router(self, plan, config):
+        return None
+
+
+class Curious:
+    @hookimpl
+    def ds_step_end(self, step, loss):
+        return {}
+
+
+class OddOptions(Right):
+    Options = {"size": 3}
+
+
+class NoOptions(Right):
+    Options = None
+
+
+def made(cls, slot="event"):
     problems = []
     entry_point = SimpleNamespace(load=lambda: cls, value="mine:Mine")
-    return make(Offer("mine", "event", "mine", "0.1", entry_point), {}, problems), problems
+    return make(Offer("mine", slot, "mine", "0.1", entry_point), {}, problems), problems
 
 
 FORGOTTEN = {
@@ -59,6 +111,15 @@ FORGOTTEN = {
     Selfless: ("ds_step_end has no self before its arguments", "tell its author"),
     Misspelt: ("there is no hook ds_step_ends", "did you mean ds_step_end?"),
     Idle: ("fills no hook", "docs/reference/hooks.md"),
+    FromTheFuture: ("needs the plugin contract >=9, this dsplugins has 1.", "install versions of both"),
+    Unreadable: ("'the newest' is not a version specifier", "tell its author"),
+    First: ("ds_step_end: the recipe orders plugins, not tryfirst/trylast", "drop tryfirst"),
+    Last: ("ds_step_end: the recipe orders plugins, not tryfirst/trylast", "drop trylast"),
+    Around: ("ds_step_end: a wrapper would be a second owner", "tell its author"),
+    AroundAsOfOld: ("ds_step_end: a wrapper would be a second owner", "tell its author"),
+    Elsewhere: ("fills ds_router, which is the hook of another slot", "tell its author"),
+    Curious: ("ds_step_end asks for loss; it may ask for step", "tell its author"),
+    OddOptions: ("its Options is not a dataclass", "tell its author"),
     Asking: ("could not be made: TypeError", "declare them, or take none"),
 }
 
@@ -249,6 +310,27 @@ def test_what_a_step_can_not_hold_names_the_plugin(returned):
         add({}, "mine", returned)
 
 
-def test_what_is_right_is_made():
-    plugin, problems = made(Right)
+@pytest.mark.parametrize("cls", [Right, NoOptions])
+def test_what_is_right_is_made(cls):
+    plugin, problems = made(cls)
     assert plugin is not None and not problems
+
+
+def test_the_hook_of_its_slot_is_not_there():
+    plugin, (problem,) = made(Right, "schedule")
+    assert plugin is None and problem.message.endswith(
+        "stands in group dsplugins.schedule but has no ds_schedule"
+    )
+
+
+@pytest.mark.parametrize(("cls", "said"), [(NoOptions, None), (OddOptions, "its Options is not a dataclass")])
+def test_show_reads_options_or_says_why_not(cls, said):
+    from dsplugins.cli.plugins import describe
+    from dsplugins.contracts import EnvironmentUnfit
+
+    offer = Offer("mine", "event", "mine", "0.1", SimpleNamespace(load=lambda: cls, value="mine:Mine"))
+    if said is None:
+        assert describe(offer)["options"] == []
+        return
+    with pytest.raises(EnvironmentUnfit, match=said):
+        describe(offer)
