@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from dsplugins.contracts import EnvironmentUnfit, RecipeError
@@ -48,14 +49,31 @@ def built_with(plugins: Plugins) -> Iterator[None]:
 def of_a_guest(error: BaseException, plugins: Plugins) -> PluginFailure | None:
     """The failure of the plugin in whose package the last frame of `error` stands; None where none does."""
     owners = _owners([item for item in plugins if item.offer.distribution != OWN])
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        module = str(frame.f_globals.get("__name__", ""))
-        if near := owners.get(_top(module)):
-            made_there = [item for item in near if item.offer.entry_point.module == module]
-            names = " or ".join(item.name for item in made_there or near)
+    calls = list(traceback.walk_tb(error.__traceback__))
+    for index in reversed(range(len(calls))):
+        frame, line = calls[index]
+        if near := owners.get(_top(_module(frame))):
+            frames = [called for called, _ in calls[: index + 1]]
+            names = " or ".join(item.name for item in _nearest(near, frames))
             code = frame.f_code
             return PluginFailure(failed(names, code.co_qualname, error), f"{code.co_filename}:{line}")
     return None
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _nearest(near: Sequence[Chosen], frames: Sequence[FrameType]) -> Sequence[Chosen]:
+    """Which of one package's plugins it was: the one whose method is being called, or whose class has the
+    last function; else those of its module; else all of them, and only then several."""
+    for frame in reversed(frames):
+        objects = [frame.f_locals[name] for name in frame.f_code.co_varnames[:1] if name in frame.f_locals]
+        if mine := [item for item in near if any(item.plugin is one for one in objects)]:
+            return mine
+    module, function = _module(frames[-1]), frames[-1].f_code.co_qualname
+    there = [item for item in near if item.offer.entry_point.module == module]
+    return [item for item in there if item.offer.entry_point.attr == function.split(".")[0]] or there or near
 
 
 def _owners(guests: Sequence[Chosen]) -> dict[str, list[Chosen]]:

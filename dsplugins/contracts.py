@@ -186,7 +186,18 @@ class PipelineSchedule(Protocol):
     """Model chunks that a rank holds (virtual pipeline size)."""
 
     def forward_backward(self) -> Callable[..., list[Any]]:
-        """A function with the signature of Megatron's `get_forward_backward_func()` results."""
+        """A function with the signature of Megatron's `get_forward_backward_func()` results.
+
+        Called as `function(forward_step_func=, data_iterator=, model=, num_microbatches=, seq_length=,
+        micro_batch_size=, forward_only=)`. `model` is the list of this rank's chunks, `data_iterator` one
+        iterator, or a list where there are several chunks. `forward_step_func(iterator, chunk)` gives
+        (output, `loss_func`), and `loss_func(output)` gives (loss [], to be divided by the number of
+        micro-batches; {"loss": [] to report}); megatron-core's `forward_step` does both, and appends to a
+        list what to report. That list is returned: an entry a micro-batch on the rank of the last stage,
+        else none. With `forward_only` there is no backward. Else the function itself calls
+        `config.finalize_model_grads_func(model)`, `config` being the chunks' own, once, at the end of the
+        last backward: gradients are reduced and biases move there, and a step without it is refused.
+        """
 
     def finalize_grads(self) -> Callable[..., None]:
         """Its part of gradient finalisation, with the signature of core's `finalize_model_grads`."""
@@ -229,8 +240,9 @@ RouterFactory = Callable[..., "torch.nn.Module"]
 """`factory(config=, pg_collection=, is_mtp_layer=, **kwargs) -> Router`, as `MoESubmodules.router` is called.
 
 The module it makes is a `megatron.core.transformer.moe.router.Router` (usually a subclass) that
-returns `(probs [T, E], routing_map bool [T, E])` from `forward(hidden, padding_mask=None)` and, by
-contract, owns
+returns `(probs [T, E], routing_map bool [T, E])` from `forward(hidden, padding_mask=None)`, hidden
+[S, B, H]. `routing` is an abstract method of megatron-core's class: it has to be there, with whatever
+arguments your `forward` gives it. By contract the module owns
 
 - `local_tokens_per_expert`: float32 buffer [E], not persistent: tokens that this rank sent to each
   expert since it was last zeroed; counted only while gradients are enabled, never twice when
@@ -242,7 +254,15 @@ contract, owns
 """
 
 ExpertsFactory = Callable[..., "torch.nn.Module"]
-"""`factory(num_local_experts, config, pg_collection=, name=)`, as `MoESubmodules.experts` is called."""
+"""`factory(num_local_experts, config, pg_collection=, name=)`, as `MoESubmodules.experts` is called.
+
+A class or a `partial` of one, never a module. The module that it makes is called as `forward(tokens,
+tokens_per_expert, probs)`: tokens [T, H] of this rank's E experts, sorted by expert, T may be 0; counts
+int64 [E], on the CPU or the device as the dispatcher leaves them; probs [T], the router's weights. It
+returns `(output [T, H], None)`, each row times its weight. An expert without tokens takes part all the
+same: its weights need a gradient. A parameter that other ranks don't hold has `allreduce = False`, as
+megatron-core's `is_expert` linears set it, and its place among all experts in `sharded_state_dict`.
+"""
 
 
 class GroupedProducts(Protocol):
@@ -260,7 +280,14 @@ class GroupedProducts(Protocol):
 
 
 DispatcherFactory = Callable[..., Any]
-"""`factory(num_local_experts, local_expert_indices, config=, pg_collection=) -> MoETokenDispatcher`."""
+"""`factory(num_local_experts, local_expert_indices, config=, pg_collection=) -> MoETokenDispatcher`.
+
+Its methods are called in this order, once a forward: `dispatch_preprocess(hidden, routing_map, probs)` and
+`token_dispatch(hidden, probs)`, each giving (tokens, probs); `dispatch_postprocess(tokens, probs)`, giving
+(tokens [T, H] sorted by expert, counts [E], probs [T]) for the experts; then, on what they give,
+`combine_preprocess(output)`, `token_combine(output)` and `combine_postprocess(output)`, which gives hidden
+as it came. Communication belongs into `token_dispatch` and `token_combine`: what overlaps, overlaps there.
+"""
 
 
 class PluginState(Protocol):
@@ -362,6 +389,7 @@ __all__ = [
     "RunEnd",
     "RunOptions",
     "Save",
+    "Schedule",
     "Settings",
     "Step",
     "Train",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import traceback
 
+from dsplugins import given
+
 
 class PluginFailure(RuntimeError):
     """A plugin's code raised, or made what it must not; `place` is FILE:LINE, empty where it isn't known.
@@ -28,15 +30,18 @@ def failed(plugin: str, function: str, error: BaseException) -> str:
 
 
 class HookFailure(PluginFailure):
-    """A plugin raised inside a hook, or gave what the hook can't take."""
+    """A plugin raised inside a hook, or gave what the hook can't take; the hook begins at `hook_place`."""
 
-    def __init__(self, plugin: str, hook: str, error: BaseException) -> None:
-        super().__init__(failed(plugin, hook, error), _place(error))
+    def __init__(self, plugin: str, hook: str, error: BaseException, hook_place: str = "") -> None:
+        super().__init__(failed(plugin, hook, error), _place(error) or hook_place)
 
 
 def _place(error: BaseException) -> str:
-    """The last line that ran in the plugin's own folder; the first frame is the host's call of the hook."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
+    """The last line that ran in the plugin's own folder; the first frame is the host's call of the hook, and
+    those of `given` look at what it gave."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__)[1:] if frame.filename != given.__file__
+    ]
     if not frames:
         return ""
     folder = os.path.dirname(frames[0].filename)

@@ -8,9 +8,17 @@ and return what they collected.
 No hook runs inside forward or backward: slots are resolved once, before training; events run at most
 once a step. Import torch and megatron inside hook bodies, never at the top of the module.
 
+What a hook gives is looked at where it gives it: what can't be its answer stops `check` and `train` with the
+plugin's name, what it gave and the line where the hook begins. A class that a slot's part is made of, or that
+a backend names, is to be the same one each time that it is asked for: make it once (`functools.cache`).
+
+The host seeds torch's default generators at the start of every step from (`train.seed`, the step, the place
+of the rank), so what a plugin draws from them goes on bit for bit when a run is stopped and started again.
+A generator of a plugin's own must be made, or seeded, from the step: nobody saves its state.
+
 A plugin's class may also declare, as plain attributes:
 
-- `Options`, a dataclass: what a recipe may set below its name.
+- `Options`, a dataclass: what a recipe may set below its name; None or absent where there is nothing to set.
 - `contract`, the versions of this contract that it works with: `">=1.0,<2"`.
 - `requires` and `conflicts`, names of plugins or slots.
 - `env`, environment variables that it needs: `{"NAME": "value"}`. `train` sets them before torch is
@@ -64,9 +72,11 @@ hookimpl = pluggy.HookimplMarker("dsplugins")
 def ds_settings(plan: Plan) -> Mapping[str, object]:
     """Event. Megatron fields that this plugin needs, by dotted recipe key.
 
-    Keys are `model.<field>`, `optimizer.<field>` or `ddp.<field>` with megatron-core's own field
-    names. Two writers of one field with two values stop the run; the recipe's own sections are
-    writers too. A value may be a `Schedule` where the field is read anew in each step.
+    Keys are `model.<field>`, `optimizer.<field>` or `ddp.<field>` with megatron-core's own field names. Two
+    writers of one field with two values stop the run; the recipe's own sections are writers too. A value
+    may be a [Schedule](#schedule) where the field is read anew in each step (`moe_router_bias_update_rate`,
+    `mtp_loss_scaling_factor`, `moe_aux_loss_coeff`): the host sets this step's number in every module's
+    `config`, so the module reads `self.config.<field>` in `forward`.
     """
     raise NotImplementedError
 
@@ -123,6 +133,11 @@ def ds_precision(
 ) -> BackendSpecProvider:
     """Slot. The number format: the backend itself, or one that wraps its linears.
 
+    Its fields come through `ds_settings`: `model.bf16` and `model.fp16`, and the same two of `optimizer`;
+    `model.params_dtype` follows from them, and `model.pipeline_dtype` where there is a pipeline.
+    `ddp.grad_reduce_in_fp32` says what gradients are summed in. Asked twice, the parts are of the same
+    classes.
+
     What is returned may have more methods than core's protocol; whoever builds from a backend asks for them
     and takes the ordinary part where there is none. `expert_mlp()` and `shared_expert_mlp()` return classes
     in the place of core's `MLP` of a routed expert and of `SharedExpertMLP`; `grouped_products()` returns
@@ -133,7 +148,15 @@ def ds_precision(
 
 @hookspec(firstresult=True)
 def ds_attention(plan: Plan, config: MLATransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
-    """Slot. Spec of a whole self-attention, `params` with `attn_mask_type` (MTP asks for it)."""
+    """Slot. Spec of a whole self-attention, `params` with `attn_mask_type` (MTP asks for it).
+
+    megatron-core makes it as `module(config=, layer_number=, pg_collection=, name=, **params)`, with
+    `submodules=` where the spec has some; `layer_number` counts from 1. It calls `forward(hidden,
+    attention_mask=, rotary_pos_emb=, **more)`: hidden [S, B, H] (S/TP of the sequence with sequence
+    parallel), masks and positions may be None. It returns `(out, bias)`: out shaped like hidden, bias [H]
+    that is yet to be added, or None. `linear_*`, norms and `core_attention` that `submodules` names are
+    audited; an attention of one piece names none.
+    """
     raise NotImplementedError
 
 
@@ -209,7 +232,8 @@ def ds_optimizer(config: OptimizerConfig, chunks: Sequence[torch.nn.Module]) -> 
 def ds_state() -> PluginState:
     """Event. What this plugin keeps from one process of a run to the next, in checkpoints.
 
-    Asked once, before the first step. What can be read again from `metrics.jsonl` needs no state.
+    Asked once, before the first step; what it gives is checked then: an object with `version`, `save` and
+    `load`, or None. What can be read again from `metrics.jsonl` needs no state.
     """
     raise NotImplementedError
 

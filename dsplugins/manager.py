@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from dsplugins import hookspecs
+from dsplugins import given, hookspecs
 from dsplugins.contracts import CONTRACT, SLOTS, Problem, RecipeError
 from dsplugins.environment import contradictions
 from dsplugins.failures import HookFailure
@@ -80,7 +80,8 @@ class Plugins:
         return next((item for item in self.chosen if item.slot == slot), None)
 
     def slot(self, slot: str, **arguments: Any) -> Any:
-        """Ask the owner of `slot` for its part. Raises HookFailure naming it when it fails or gives None."""
+        """Ask the owner of `slot` for its part. Raises HookFailure naming it when it fails, or gives None or
+        what can't be one (`dsplugins.given`)."""
         results = list(self._call(f"ds_{slot}", arguments))
         if not results or results[0][1] is None:
             owner = self.slots.get(slot, "nobody")
@@ -88,7 +89,10 @@ class Plugins:
         return results[0][1]
 
     def event(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
-        """Call every listener of an event, in recipe order: [(plugin name, what it returned)]."""
+        """Call every listener of an event, in recipe order: [(plugin name, what it returned)].
+
+        Raises HookFailure naming the one that fails, or returns what the event can't take.
+        """
         return list(self._call(hook, arguments))
 
     def listens(self, hook: str) -> bool:
@@ -99,7 +103,7 @@ class Plugins:
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             named = {name: arguments[name] for name in implementation.argnames}
             try:
-                result = implementation.function(**named)
+                result = given.look(hook, implementation.function(**named))
             except (RecipeError, HookFailure):
                 raise
             except Exception as error:
@@ -107,7 +111,8 @@ class Plugins:
 
                 if isinstance(error, EnvironmentUnfit):
                     raise
-                raise HookFailure(implementation.plugin_name, hook, error) from error
+                begins = _begins(implementation.function)
+                raise HookFailure(implementation.plugin_name, hook, error, begins) from error
             yield implementation.plugin_name, result
 
     def lock(self) -> list[dict[str, Any]]:
@@ -143,6 +148,12 @@ class Plugins:
         return hashlib.sha256(json.dumps(self._entries(), sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _begins(function: Any) -> str:
+    """FILE:LINE of a hook, empty where it is no function of Python's."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
+
+
 def choose(recipe: Recipe) -> Plugins:
     """The plugins that a recipe names.
 
@@ -162,10 +173,12 @@ def choose(recipe: Recipe) -> Plugins:
             chosen += [item] if item else []
     failed = {p.key.split(".")[1] for p in problems if p.key.startswith("plugins.")}
     problems += _ownership(chosen)
-    empty = _empty_slots(recipe, chosen, everyone, failed)
+    # A plugin that was named but is broken is one problem, not two.
+    broken = {offer.slot for offer in everyone if not failed.isdisjoint((offer.name, qualified(offer)))}
+    empty = [slot for slot in _empty_slots(recipe, chosen) if slot not in broken]
     for slot in empty:
         problems.append(Problem(f"slot {slot} is empty", "plugins", _fill(slot, everyone)))
-    problems += _declarations(chosen, everyone, empty)
+    problems += _declarations(chosen, everyone, failed.union(broken, empty))
     if problems:
         raise RecipeError(problems)
     return Plugins(chosen)
@@ -250,8 +263,9 @@ def _hook_faults(offer: Offer, plugin: object) -> Iterable[Problem]:
             continue
         if hook in slot_hooks and hook != own:
             yield Problem(f"{key}: fills {hook}, which is the hook of another slot", key, "tell its author")
-        if options.get("tryfirst") or options.get("trylast"):
-            yield Problem(f"{key}: {hook}: the recipe orders plugins, not tryfirst/trylast", key)
+        if order := [name for name in ("tryfirst", "trylast") if options.get(name)]:
+            said = f"{key}: {hook}: the recipe orders plugins, not tryfirst/trylast"
+            yield Problem(said, key, f"drop {order[0]}")
         if options.get("wrapper") or options.get("hookwrapper"):
             yield Problem(f"{key}: {hook}: a wrapper would be a second owner", key, "tell its author")
         allowed = set(inspect.signature(spec).parameters)
@@ -279,9 +293,7 @@ def _ownership(chosen: Sequence[Chosen]) -> Iterable[Problem]:
             yield Problem(said, f"plugins.{owners[-1]}", f"drop one: `{owners[0]}: null` under plugins")
 
 
-def _empty_slots(
-    recipe: Recipe, chosen: Sequence[Chosen], everyone: Sequence[Offer], failed: set[str]
-) -> list[str]:
+def _empty_slots(recipe: Recipe, chosen: Sequence[Chosen]) -> list[str]:
     """Those that the model needs and nobody fills."""
     needed, model = list(REQUIRED), recipe.sections.get("model", {})
     if model.get("num_moe_experts"):
@@ -289,8 +301,6 @@ def _empty_slots(
     if model.get("mtp_num_layers"):
         needed.append("mtp")
     filled = {item.slot for item in chosen}
-    # A plugin that was named but is broken is one problem, not two.
-    filled |= {offer.slot for offer in everyone if not failed.isdisjoint((offer.name, qualified(offer)))}
     return [slot for slot in needed if slot not in filled]
 
 
@@ -300,14 +310,14 @@ def _fill(slot: str, everyone: Sequence[Offer]) -> str:
 
 
 def _declarations(
-    chosen: Sequence[Chosen], everyone: Sequence[Offer], empty: Collection[str]
+    chosen: Sequence[Chosen], everyone: Sequence[Offer], told: Collection[str]
 ) -> Iterable[Problem]:
-    """What plugins require and exclude. A slot that is told to be `empty` is one problem, not two."""
+    """What plugins require and exclude. A slot or plugin that a problem is `told` of is one, not two."""
     names = {item.name for item in chosen} | {item.slot for item in chosen}
     for item in chosen:
         key = f"plugins.{item.name}"
         for other in getattr(item.plugin, "requires", ()):
-            if other not in names and other not in empty:
+            if other not in names and other not in told:
                 remedy = _fill(other, everyone) if other in SLOTS else f"name {other} under plugins"
                 yield Problem(f"{key}: requires {other}", key, remedy)
         for other in getattr(item.plugin, "conflicts", ()):

@@ -66,7 +66,7 @@ def build(recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem])
     writers, settled = _settled(recipe, plan, plugins, problems)
     problems += settings.objections(plan, plugins, settled)
     stage = stages.Stage(plan, settled, writers, ())
-    problems += map(stages.difference, audit.fields.held(stage))
+    problems += map(audit.problem, audit.fields.held(stage))
     for field, said in audit.ignored(settled, plan.slots):
         problems.append(Problem(said, f"model.{field}", "leave it out, or change what it names"))
     if any(problem.kind == "recipe" for problem in problems):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ class HostMoELayer(MoELayer):
 
 
 FACTORIES: dict[str, type] = {
+    "model": torch.nn.Module,
     "router": torch.nn.Module,
     "experts": torch.nn.Module,
     "dispatcher": MoETokenDispatcher,
@@ -78,7 +80,7 @@ def collect(plan: Plan, settings: Settings, plugins: Plugins) -> Parts:
     ask = partial(plugins.slot, plan=plan, config=settings.model)
     backend = ask("precision", backend=ask("backend"))
     moe = settings.model.num_moe_experts is not None
-    parts = Parts(
+    return Parts(
         backend=backend,
         attention=ask("attention", backend=backend),
         router=ask("router") if moe else None,
@@ -86,31 +88,39 @@ def collect(plan: Plan, settings: Settings, plugins: Plugins) -> Parts:
         dispatcher=ask("dispatcher") if moe else None,
         owners=plugins.slots,
     )
-    if not isinstance(parts.attention, ModuleSpec):
-        raise _not_a(parts, "attention", parts.attention, "ModuleSpec")
-    for slot in FACTORIES if moe else ():
-        if not callable(getattr(parts, slot)):
-            raise _not_a(parts, slot, getattr(parts, slot), "factory")
-    return parts
 
 
-def _not_a(parts: Parts, slot: str, got: object, wanted: str) -> HookFailure:
-    said = TypeError(f"gave {type(got).__name__}, not a {wanted}")
-    return HookFailure(parts.owners[slot], f"ds_{slot}", said)
-
-
-def _making(parts: Parts, slot: str) -> Callable[..., Any]:
-    """The slot's factory; what it makes is looked at, before megatron-core stumbles over it."""
-    factory = getattr(parts, slot)
+def _making(factory: Callable[..., Any], slot: str, owner: str) -> Callable[..., Any]:
+    """The factory of a slot; what it makes is looked at, before megatron-core stumbles over it."""
 
     def make(*args: Any, **kwargs: Any) -> Any:
-        made = factory(*args, **kwargs)
+        try:
+            made = factory(*args, **kwargs)
+        except TypeError as error:
+            assert error.__traceback__ is not None
+            if error.__traceback__.tb_next is not None:
+                raise  # from the inside: whose code it is, its traceback tells
+            raise PluginFailure(f"plugin {owner} failed in ds_{slot}: its factory: {error}") from error
         if not isinstance(made, FACTORIES[slot]):
             got = f"its factory made {type(made).__name__}, not a {FACTORIES[slot].__name__}"
-            raise PluginFailure(f"plugin {parts.owners[slot]} failed in ds_{slot}: {got}")
+            raise PluginFailure(f"plugin {owner} failed in ds_{slot}: {got}")
         return made
 
     return make
+
+
+def _constructible(parts: Parts) -> None:
+    """Whether the attention's class takes what megatron-core makes it with. Raises HookFailure."""
+    spec = parts.attention
+    if not isinstance(spec.module, type):
+        return  # a path, which megatron-core imports
+    given = dict.fromkeys(("config", "layer_number", "pg_collection", "name"))
+    given |= spec.params | ({} if spec.submodules is None else {"submodules": spec.submodules})
+    try:
+        inspect.signature(spec.module).bind(**given)
+    except TypeError as error:
+        said = TypeError(f"{spec.module.__name__}(): {error}; it is made with {', '.join(given)}")
+        raise HookFailure(parts.owners["attention"], "ds_attention", said) from error
 
 
 def layer_spec(parts: Parts, moe: bool) -> ModuleSpec:
@@ -149,14 +159,18 @@ def _dense(parts: Parts) -> Any:
 
 def _moe(parts: Parts) -> Any:
     shared: Any = shared_expert_class(parts.backend)
+
+    def make(slot: str) -> Callable[..., Any]:
+        return _making(getattr(parts, slot), slot, parts.owners[slot])
+
     return partial(
         HostMoELayer,
         submodules=MoESubmodules(
-            experts=_making(parts, "experts"),
+            experts=make("experts"),
             shared_experts=partial(shared, submodules=_mlp_submodules(parts)),
-            router=_making(parts, "router"),
+            router=make("router"),
         ),
-        dispatcher=_making(parts, "dispatcher"),
+        dispatcher=make("dispatcher"),
     )
 
 
@@ -218,8 +232,9 @@ def build_chunks(plan: Plan, settings: Settings, plugins: Plugins) -> list[torch
     """This rank's bare model chunks, in order, with recompute attached; weights not yet initialised."""
     ask = partial(plugins.slot, plan=plan, config=settings.model)
     parts = collect(plan, settings, plugins)
+    _constructible(parts)
     whole = whole_decoder(settings.model, parts)
-    factory = plugins.slot("model", plan=plan, settings=settings)
+    factory = _making(plugins.slot("model", plan=plan, settings=settings), "model", plugins.slots["model"])
     mtp = partial(ask, "mtp", decoder=whole, backend=parts.backend) if plugins.owner("mtp") else None
     several = plan.layout.virtual_pipeline > 1
     chunks = [

@@ -116,7 +116,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value that may change in the course of a run. After the last phase its end value holds."""
+    """A value that may change in the course of a run. After the last phase its end value holds.
+
+    An option of this type takes a number or phases: `rate: Annotated[Schedule, Range(0.0, 1.0)] =
+    Schedule.constant(0.1)` in a plugin's `Options`. `options.rate.at(steps, tokens)` is the value of the
+    step that has so much behind it: 0 and 0 for the first, `step.step` and `step.tokens` of `ds_step_end`
+    for the next one. A module can't ask, since it knows neither: where megatron-core's configuration has a
+    field for the value that is read anew in each step, give the whole schedule to `ds_settings`
+    (`{"model.moe_router_bias_update_rate": self.options.rate}`), and read the field of `self.config` in
+    `forward`.
+    """
 
     phases: tuple[Phase, ...]
 

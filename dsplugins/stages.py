@@ -90,7 +90,7 @@ def build_all(recipe: Recipe, plan: Plan, plugins: Plugins) -> Found:
             found.chunks.append(stage.chunks)
             standing += names(settled.model, stage.chunks)
     said = [*audit.gathered(differing), *misplaced(plan, settled, standing)]
-    found.problems += map(difference, said)
+    found.problems += map(audit.problem, said)
     for _, problems in plugins.event("ds_check_built", plan=plan, stages=found.chunks):
         found.problems += problems or ()
     return found
@@ -152,9 +152,4 @@ def _moments(plugins: Plugins) -> torch.dtype:
     return getattr(torch, getattr(owner.plugin if owner else None, "moments", "float32"))
 
 
-def difference(said: str) -> Problem:
-    """What the audit found, as a problem."""
-    return Problem(f"what is built is not what was chosen: {said}", "model", "see what it names")
-
-
-__all__ = ["Found", "Row", "Stage", "build_all", "difference"]
+__all__ = ["Found", "Row", "Stage", "build_all"]

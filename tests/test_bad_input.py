@@ -304,6 +304,24 @@ def test_an_empty_slot_is_one_problem_whoever_requires_it():
     assert problem.message == "slot router is empty" and "aux_free, aux_loss" in problem.remedy
 
 
+def test_a_broken_router_is_one_problem_whoever_requires_one():
+    """Neither an empty slot nor something that another plugin misses: it is named, and can't be had."""
+    (problem,) = problems_of(TINY, "plugins.aux_free.update_rat=1", "plugins.expert_load={}")
+    assert problem.key == "plugins.aux_free.update_rat"
+
+
+def test_a_router_that_can_not_be_imported_is_one_problem(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from dsplugins import manager
+    from dsplugins.offers import Offer, offers
+
+    gone = Offer("gone", "router", "gone", "1", EntryPoint("gone", "no_such_module:Gone", "dsplugins.router"))
+    monkeypatch.setattr(manager, "offers", lambda: [*offers(), gone])
+    (problem,) = problems_of(TINY, "plugins.aux_free=null", "plugins.gone={}", "plugins.expert_load={}")
+    assert "gone can't be imported: ModuleNotFoundError" in problem.message
+
+
 def test_a_misspelt_base_in_another_folder_is_found(tmp_path):
     file = write(tmp_path, "extends: [deepseek_v3/tiny_cpi.yaml]\n")
     assert problems_of(file)[0].remedy == "did you mean deepseek_v3/tiny_cpu.yaml?"

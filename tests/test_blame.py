@@ -44,6 +44,10 @@ class Twice(torch.nn.Module):
     def forward(self, *args, **kwargs):
         return Double.apply(torch.ones(1, requires_grad=True))
 
+class Narrow(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+
 def failing():
     Twice()().sum().backward()
 """
@@ -77,6 +81,59 @@ class NoSpec:
     def ds_attention(self, plan, config, backend):
         return 3
 
+class ModuleNoFactory:
+    @hookimpl
+    def ds_experts(self, plan, config, backend):
+        from parts_of_it import Twice
+        return Twice()
+
+class OtherArguments:
+    @hookimpl
+    def ds_experts(self, plan, config, backend):
+        from parts_of_it import Narrow
+        return Narrow
+
+class NarrowAttention:
+    @hookimpl
+    def ds_attention(self, plan, config, backend):
+        from megatron.core.transformer.spec_utils import ModuleSpec
+        from parts_of_it import Narrow
+        return ModuleSpec(module=Narrow)
+
+class Listing:
+    @hookimpl
+    def ds_settings(self, plan):
+        return ["model.bf16"]
+
+class Saying:
+    @hookimpl
+    def ds_check(self, plan, settings):
+        yield "too much"
+
+class Fresh:
+    @hookimpl
+    def ds_precision(self, plan, config, backend):
+        from dsplugins.plugins.backend.local_provider import TorchLocalProvider
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        class Mine(TorchLocalProvider):
+            def column_parallel_linear(self):
+                return type("Col", (ColumnParallelLinear,), {})
+
+        return Mine()
+
+class Meddling:
+    @hookimpl
+    def ds_model_built(self, chunks):
+        from dsplugins.model import bare
+        layer = bare(chunks[0]).decoder.layers[1].self_attention
+        layer.__class__ = type("Other", (type(layer),), {})
+
+class Wording:
+    @hookimpl
+    def ds_schedule(self, plan):
+        return "gpipe"
+
 class NoDispatcher:
     @hookimpl
     def ds_dispatcher(self, plan, config):
@@ -88,8 +145,20 @@ in_forward = offered_by_it:Forward
 in_init = offered_by_it:Init
 no_module = offered_by_it:NoModule
 no_factory = offered_by_it:NoFactory
+[dsplugins.experts]
+a_module = offered_by_it:ModuleNoFactory
+other_arguments = offered_by_it:OtherArguments
+[dsplugins.schedule]
+a_word = offered_by_it:Wording
+[dsplugins.precision]
+fresh = offered_by_it:Fresh
+[dsplugins.event]
+a_list = offered_by_it:Listing
+a_text = offered_by_it:Saying
+meddling = offered_by_it:Meddling
 [dsplugins.attention]
 no_spec = offered_by_it:NoSpec
+narrow = offered_by_it:NarrowAttention
 [dsplugins.dispatcher]
 no_dispatcher = offered_by_it:NoDispatcher
 """
@@ -114,9 +183,9 @@ def run(package, cwd, *arguments):
     return forks.run([sys.executable, "-m", "dsplugins", *map(str, arguments)], cwd=cwd, env=environment)
 
 
-def line_of(package, name, text):
+def line_of(package, name, text, after=0):
     lines = (package / name).read_text().splitlines()
-    return f"{package / name}:{next(i for i, line in enumerate(lines, 1) if text in line)}"
+    return f"{package / name}:{next(i for i, line in enumerate(lines, 1) if text in line) + after}"
 
 
 def test_what_a_module_raises_in_a_step_is_one_line_and_in_the_status(package, tmp_path):
@@ -135,22 +204,101 @@ def test_what_a_module_raises_in_a_step_is_one_line_and_in_the_status(package, t
 CHECKED = {
     "in_init": ("InInit.__init__: ValueError: not that many experts", "parts_of_it.py", "raise ValueError"),
     "no_module": ("ds_router: its factory made NoneType, not a Module", None, None),
-    "no_factory": ("ds_router: TypeError: gave int, not a factory", None, None),
-    "no_spec": ("ds_attention: TypeError: gave int, not a ModuleSpec", None, None),
+    "no_factory": (
+        "ds_router: TypeError: gave int 3, not a factory: give its class, or a partial of it",
+        "offered_by_it.py",
+        "class NoFactory:",
+    ),
+    "no_spec": (
+        "ds_attention: TypeError: gave int 3, not a ModuleSpec",
+        "offered_by_it.py",
+        "class NoSpec:",
+    ),
+    "a_module": (
+        "ds_experts: TypeError: gave Twice Twice(), not a factory",
+        "offered_by_it.py",
+        "class ModuleNoFactory:",
+    ),
+    "other_arguments": (
+        "ds_experts: its factory: Narrow.__init__() got an unexpected keyword argument 'pg_collection'",
+        None,
+        None,
+    ),
+    "narrow": (
+        "ds_attention: TypeError: Narrow(): got an unexpected keyword argument 'layer_number'; it is made "
+        "with config, layer_number, pg_collection, name",
+        None,
+        None,
+    ),
+    "fresh": (
+        "ds_precision: TypeError: gave two classes Col, another each time that it was asked: make it once "
+        "(functools.cache)",
+        None,
+        None,
+    ),
+    "a_list": (
+        "ds_settings: TypeError: gave list ['model.bf16'], not a mapping of names to values",
+        "offered_by_it.py",
+        "class Listing:",
+    ),
+    "a_text": (
+        "ds_check: TypeError: gave str 'too much', not a Problem",
+        "offered_by_it.py",
+        "class Saying:",
+    ),
+    "a_word": (
+        "ds_schedule: TypeError: gave str 'gpipe', not a contracts.PipelineSchedule: it has no chunks",
+        "offered_by_it.py",
+        "class Wording:",
+    ),
     "no_dispatcher": ("ds_dispatcher: its factory made NoneType, not a MoETokenDispatcher", None, None),
 }
-OWNERS = {"no_spec": "mla", "no_dispatcher": "alltoall"}
+OWNERS = {
+    "no_spec": "mla",
+    "narrow": "mla",
+    "fresh": "fp32",
+    "no_dispatcher": "alltoall",
+    "a_module": "sequential",
+    "other_arguments": "sequential",
+    "a_word": "one_f_one_b",
+}
+"""Whose place they take: else the router's."""
+EVENTS = ("a_list", "a_text")
+
+
+def swapped(name):
+    owner = [] if name in EVENTS else [f"plugins.{OWNERS.get(name, 'aux_free')}=null"]
+    return [*owner, f"plugins.{name}={{}}"]
 
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_check_names_the_plugin_that_can_not_be_built(package, tmp_path, name):
     said, file, text = CHECKED[name]
-    swap = [f"plugins.{OWNERS.get(name, 'aux_free')}=null", f"plugins.{name}={{}}"]
-    done = run(package, tmp_path, "check", TINY, *swap)
+    done = run(package, tmp_path, "check", TINY, *swapped(name))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"tiny.yaml: plugin {name} failed in {said}" in done.stderr
+    assert f"plugin {name} failed in {said}" in done.stderr
     if file:
-        assert f" at {line_of(package, file, text)} (dsplugins --debug shows the calls)" in done.stderr
+        place = line_of(package, file, text, 1 if text.startswith("class ") else 0)
+        assert f" at {place} (dsplugins --debug shows the calls)" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a_list", "a_text", "a_word", "a_module", "fresh"])
+def test_train_names_the_plugin_that_gives_something_else(package, tmp_path, name):
+    """Before a process is started where that can be, else on the rank."""
+    done = run(package, tmp_path, "train", TINY, *swapped(name), "run.directory=out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"plugin {name} failed in {CHECKED[name][0]}" in done.stderr
+
+
+def test_what_the_audit_refuses_is_one_message_of_all_ranks_and_their_code(package, tmp_path):
+    done = run(
+        package, tmp_path, "train", TINY, "plugins.meddling={}", "run.world_size=2", "run.directory=out"
+    )
+    said = "what is built is not what was chosen: decoder.1: attention is Other, chosen was "
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert done.stderr.count(said) == 1
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["code"] == 3 and said in status["reason"]
 
 
 def test_a_backward_pass_is_somebodys_too(package, monkeypatch):
@@ -163,12 +311,58 @@ def test_a_backward_pass_is_somebodys_too(package, monkeypatch):
     import parts_of_it
 
     offer = SimpleNamespace(distribution="somebodys", entry_point=SimpleNamespace(module="offered_by_it"))
-    plugins = [SimpleNamespace(name="twice", offer=offer)]
+    plugins = [SimpleNamespace(name="twice", offer=offer, plugin=None)]
     said = "plugin twice failed in Double.backward: ArithmeticError: no way back"
     with pytest.raises(PluginFailure, match=said), blame.named(plugins):
         parts_of_it.failing()
     with pytest.raises(KeyError), blame.named(plugins):  # nobody's but ours
         {}["x"]
+
+
+SEVERAL = """
+def size(of):
+    return 1 // of
+
+class Noisy:
+    def ds_check(self):
+        return size(0)
+    @staticmethod
+    def alone():
+        return 1 // 0
+
+class Watch:
+    def ds_check(self):
+        return Noisy().ds_check()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda module, noisy, watch: noisy.ds_check(), "plugin noisy failed in size"),
+        (lambda module, noisy, watch: module.Noisy.alone(), "plugin noisy failed in Noisy.alone"),
+        (lambda module, noisy, watch: watch.ds_check(), "plugin watch failed in size"),
+        (lambda module, noisy, watch: module.size(0), "plugin noisy or watch failed in size"),
+    ],
+)
+def test_one_of_several_plugins_in_a_package_is_named_alone(tmp_path, monkeypatch, call, said):
+    """By the object whose method is being called, or the class that has the function; else nobody knows."""
+    import importlib
+    from types import SimpleNamespace
+
+    from dsplugins import blame
+
+    (tmp_path / "several_in_one.py").write_text(SEVERAL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("several_in_one")
+    plugins = []
+    for cls in (module.Noisy, module.Watch):
+        entry_point = SimpleNamespace(module="several_in_one", attr=cls.__name__)
+        offer = SimpleNamespace(distribution="several", entry_point=entry_point)
+        plugins.append(SimpleNamespace(name=cls.__name__.lower(), offer=offer, plugin=cls()))
+    with pytest.raises(ZeroDivisionError) as raised:
+        call(module, *(item.plugin for item in plugins))
+    assert f"{said}: ZeroDivisionError" in str(blame.of_a_guest(raised.value, plugins))
 
 
 def test_an_error_of_core_while_it_builds_names_the_parts_of_other_packages():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import re
@@ -102,18 +103,42 @@ def test_every_slot_has_its_hook():
     }
 
 
+def digest(signed):
+    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
+
+
+def unrecorded(recorded, contract, now):
+    """What is wrong with the record: of signatures, and of each version's digest, which never changes."""
+    version, was = ".".join(map(str, contract)), recorded["hooks"]
+    changed = ", ".join(sorted(name for name in {*was, *now} if was.get(name) != now.get(name)))
+    history = recorded["history"]
+    if history.get(version, digest(now)) != digest(now):
+        return (
+            f"hooks are not those of contract {version} ({changed or 'its digest differs'}): raise CONTRACT"
+        )
+    versions = [[*map(int, each.split("."))] for each in history]
+    if version not in history or changed or recorded["contract"] != list(contract):
+        return f"record contract {version}, its hooks ({changed}) and in the history its digest {digest(now)}"
+    if versions != sorted(versions) or versions[-1] != list(contract):
+        return f"the history does not end with contract {version}, or is out of order"
+    return ""
+
+
 def test_hooks_change_only_with_the_contract():
     """After a wanted change: raise CONTRACT (major if plugins break), then record what is printed here."""
+    fault = unrecorded(json.loads(SIGNATURES.read_text()), CONTRACT, signatures())
+    assert not fault, f"{SIGNATURES.name}: {fault}\n" + json.dumps(signatures(), indent=1)
+
+
+def test_a_change_can_not_be_recorded_under_the_same_contract():
     recorded = json.loads(SIGNATURES.read_text())
-    now = {"contract": list(CONTRACT), "hooks": signatures()}
-    if now == recorded:
-        return
-    changed = sorted(
-        name
-        for name in {*recorded["hooks"], *now["hooks"]}
-        if recorded["hooks"].get(name) != now["hooks"].get(name)
-    )
-    bumped = now["contract"] > recorded["contract"]
-    advice = "record them" if bumped else "raise CONTRACT in contracts.py, then record them"
-    text = json.dumps(now, indent=1)
-    pytest.fail(f"hooks changed: {', '.join(changed)}; {advice} in {SIGNATURES.name}:\n{text}")
+    changed = signatures() | {"ds_settings": {"signature": "()", "firstresult": False}}
+    above = (CONTRACT[0], CONTRACT[1] + 1)
+    same = f"hooks are not those of contract {'.'.join(map(str, CONTRACT))} "
+    assert unrecorded(recorded, CONTRACT, changed).startswith(f"{same}(ds_settings): raise CONTRACT")
+    assert unrecorded(recorded | {"hooks": changed}, CONTRACT, changed).startswith(same)  # recorded again
+    assert unrecorded(recorded, above, changed).startswith("record contract ")
+    history = recorded["history"] | {".".join(map(str, above)): digest(changed)}
+    whole = {"contract": list(above), "hooks": changed, "history": history}
+    assert unrecorded(whole, above, changed) == ""
+    assert "does not end with" in unrecorded(recorded | {"history": history}, CONTRACT, signatures())

@@ -12,34 +12,58 @@ configuration; `tensors` number formats, routers' buffers, optimizer; `loop` wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
 
 from dsplugins.audit import fields, layers, loop, overlap, softmax, stages, te_fp8, tensors
 from dsplugins.audit.built import Built, Standing
 from dsplugins.audit.ignored import ignored
 from dsplugins.audit.table import Kind, describe, describe_run, span
+from dsplugins.contracts import Problem, RecipeError
 
 
-class AuditFailure(RuntimeError):
+class AuditFailure(RecipeError):
     """The built model is not the chosen one; lists every difference."""
 
     def __init__(self, differences: Sequence[str]) -> None:
         self.differences = tuple(differences)
-        super().__init__("what was built is not what was chosen: " + "; ".join(differences))
+        super().__init__([*map(problem, differences)])
+
+
+def problem(said: str) -> Problem:
+    """A difference as `check` and a run tell it."""
+    return Problem(f"what is built is not what was chosen: {said}", "model", "see what it names")
 
 
 def audit(run: Built) -> None:
-    """Raise AuditFailure with every difference found on this rank; collective over all ranks."""
-    found = [
-        *fields.differences(run),
-        *gathered(of_stage(run)),
-        *stages.differences(run),
-        *tensors.differences(run),
-        *loop.differences(run),
-        *overlap.differences(run),
-    ]
-    if found:
-        raise AuditFailure(found)
+    """Raise AuditFailure on every rank with what was found on any; collective over all ranks."""
+    mine = (
+        [*fields.differences(run)],
+        [*of_stage(run)],
+        [
+            *stages.differences(run),
+            *tensors.differences(run),
+            *loop.differences(run),
+            *overlap.differences(run),
+        ],
+    )
+    configured, built, others = (_of_all(found) for found in zip(*_everywhere(mine), strict=True))
+    if configured or built or others:
+        raise AuditFailure([*configured, *gathered(built), *others])
+
+
+def _everywhere(mine: Any) -> list[Any]:
+    """What each rank has, by rank."""
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _of_all(found: Iterable[Iterable[Any]]) -> list[Any]:
+    """Each difference once: ranks that hold the same see the same."""
+    return list(dict.fromkeys(difference for of_a_rank in found for difference in of_a_rank))
 
 
 def of_stage(stage: Standing) -> layers.Differences:
@@ -66,4 +90,5 @@ __all__ = [
     "gathered",
     "ignored",
     "of_stage",
+    "problem",
 ]

@@ -58,9 +58,22 @@ def _mtp(chunk: Any) -> Iterator[tuple[str, Any]]:
 def differs(slot: str, stands: Any, chosen: type | None) -> Iterator[str]:
     """Whether something else stands in a slot. A function there was never called by megatron-core."""
     if chosen is not None and type(stands) is not chosen:
-        yield f"{slot} is {_shown(stands)}, chosen was {chosen.__name__}"
+        yield f"{slot} is {_apart(stands, chosen)}"
     elif chosen is None and (isinstance(stands, type) or not hasattr(stands, "forward")):
         yield f"{slot} is {_shown(stands)}, which is no module: megatron-core did not call it"
+
+
+def _apart(stands: Any, chosen: type) -> str:
+    """Both names, in full where they are alike."""
+    own = type(stands)
+    if own.__name__ != chosen.__name__:
+        return f"{_shown(stands)}, chosen was {chosen.__name__}"
+    first, second = (f"{one.__module__}.{one.__qualname__}" for one in (own, chosen))
+    if first != second:
+        return f"{first}, chosen was {second}"
+    return (
+        f"not the class {first} that was chosen but another one of that name: make it once (functools.cache)"
+    )
 
 
 def _shown(stands: Any) -> str:
@@ -85,10 +98,15 @@ def _layer(layer: Any, moe: bool, want: Wanted, config: Any) -> Iterator[str]:
 
 
 def _attention(attention: Any, want: Wanted, config: Any) -> Iterator[str]:
-    """Core's resolver may replace a projection that is not identically the backend's own."""
+    """Core's resolver may replace a projection that is not identically the backend's own.
+
+    An attention need not be made of submodules: one that computes scores itself names no `core_attention`.
+    """
     yield from differs("attention", attention, class_of(want.attention))
-    yield from differs("core attention", attention.core_attention, want.core_attention)
     chosen = vars(want.attention.submodules) if want.attention.submodules is not None else {}
+    if "core_attention" in chosen:
+        stands = getattr(attention, "core_attention", None)
+        yield from differs("core attention", stands, want.core_attention)
     for slot, factory in chosen.items():
         stands = getattr(attention, slot, None)
         if slot.startswith("linear_") and stands is not None:

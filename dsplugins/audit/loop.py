@@ -37,8 +37,11 @@ def differences(run: Built) -> Iterable[str]:
 
 
 def _other(what: str, stands: Any, chosen: Any, owner: str) -> Iterable[str]:
-    if _function(stands) is not _function(chosen):
-        yield f"{what} is {_name(stands)}, {owner} gave {_name(chosen)}"
+    if _code(stands) is not _code(chosen):
+        names = _function(stands).__name__, _function(chosen).__name__
+        if names[0] == names[1]:
+            names = _in_full(stands), _in_full(chosen)
+        yield f"{what} is {names[0]}, {owner} gave {names[1]}"
 
 
 def _function(called: Any) -> Any:
@@ -49,5 +52,12 @@ def _function(called: Any) -> Any:
     return called if inspect.isroutine(called) else type(called)
 
 
-def _name(called: Any) -> str:
-    return getattr(_function(called), "__name__", repr(called))
+def _code(called: Any) -> Any:
+    """What it runs: a function that is made anew at each call, a closure, has the same code each time."""
+    function = _function(called)
+    return getattr(function, "__code__", function)
+
+
+def _in_full(called: Any) -> str:
+    function = _function(called)
+    return f"{function.__module__}.{function.__qualname__}"

@@ -25,7 +25,7 @@ def differences(run: Standing) -> Iterable[tuple[str, str]]:
         if not isinstance(attention, MultiLatentAttention):
             continue
         wanted = scale(run.plan.model, config)
-        for part in (attention, attention.core_attention):
+        for part in (attention, getattr(attention, "core_attention", None)):
             stands = getattr(part, "softmax_scale", None)
             if stands is not None and not math.isclose(stands, wanted, rel_tol=1e-6):
                 said = f"{type(part).__name__} scales the softmax by {stands:.6g}, the recipe by {wanted:.6g}"

@@ -80,7 +80,7 @@ def _kind(layer: Any) -> Kind:
     return Kind(
         layers="",
         attention=_name(attention),
-        core_attention=_name(attention.core_attention),
+        core_attention=_name(getattr(attention, "core_attention", None)),
         linears=_names(module for name, module in named if _last(name).startswith("linear_")),
         norms=_names(module for name, module in named if _last(name).endswith("layernorm")),
         mlp=_name(mlp),

@@ -11,6 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from dsplugins import model
+from dsplugins.failures import HookFailure
 
 if TYPE_CHECKING:
     from dsplugins.contracts import Plan, Settings
@@ -38,10 +39,19 @@ class Wanted:
 
 
 def wanted(plan: Plan, settings: Settings, plugins: Plugins) -> Wanted:
-    """Ask backend, precision, attention, router, experts and dispatcher."""
+    """Ask backend, precision, attention, router, experts and dispatcher.
+
+    Raises HookFailure for a plugin that makes another class of the same name each time that it is asked.
+    """
     config = settings.model
     parts = model.collect(plan, settings, plugins)
     bare = plugins.slot("backend", plan=plan, config=config)
+    again = plugins.slot("backend", plan=plan, config=config)
+    _steady(plugins, "backend", _classes(bare, config), _classes(again, config))
+    twice = model.collect(plan, settings, plugins)
+    _steady(plugins, "precision", _classes(parts.backend, config), _classes(twice.backend, config))
+    for slot in ("attention", "router", "experts", "dispatcher"):
+        _steady(plugins, slot, [class_of(getattr(parts, slot))], [class_of(getattr(twice, slot))])
     column, row = (class_of(linear) for linear in _linears(parts.backend))
     own = {class_of(linear) for linear in _linears(bare)} - {column, row}
     return Wanted(
@@ -57,6 +67,24 @@ def wanted(plan: Plan, settings: Settings, plugins: Plugins) -> Wanted:
         products=hasattr(parts.backend, "grouped_products"),
         unwrapped=tuple(linear for linear in own if linear is not None),
     )
+
+
+def _classes(backend: Any, config: Any) -> list[type | None]:
+    """What a backend's parts are made as; asked twice, both ought to be the same."""
+    parts = [*_linears(backend), backend.core_attention()]
+    return [*map(class_of, parts), norm_class(backend.layer_norm(), config)]
+
+
+def _steady(plugins: Plugins, slot: str, once: list[type | None], again: list[type | None]) -> None:
+    """Raise HookFailure where a class is another one each time: nobody could tell which one was chosen."""
+    for first, second in zip(once, again, strict=True):
+        if first is not None and second is not None and first is not second and _same_name(first, second):
+            said = f"gave two classes {first.__name__}, another each time that it was asked: make it once"
+            raise HookFailure(plugins.slots[slot], f"ds_{slot}", TypeError(f"{said} (functools.cache)"))
+
+
+def _same_name(first: type, second: type) -> bool:
+    return (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
 def _linears(backend: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,10 @@ def _only(name: str) -> Offer:
 
 
 def describe(offer: Offer) -> dict[str, Any]:
-    """Everything that the plugin's class says of itself. Raises EnvironmentUnfit if it can't be imported."""
+    """Everything that the plugin's class says of itself.
+
+    Raises EnvironmentUnfit if it can't be imported, or its options can't be read.
+    """
     from dsplugins.contracts import EnvironmentUnfit
 
     try:
@@ -121,7 +125,7 @@ def describe(offer: Offer) -> dict[str, Any]:
         "version": offer.version,
         "class": offer.entry_point.value,
         "about": inspect.cleandoc(cls.__doc__ or ""),
-        "options": _options(cls),
+        "options": _options(cls, offer),
         "hooks": _hooks(cls),
         "contract": getattr(cls, "contract", None),
         "requires": list(getattr(cls, "requires", ())),
@@ -139,10 +143,16 @@ def _hooks(cls: type) -> list[str]:
     return known + sorted(filled - set(known))
 
 
-def _options(cls: type) -> list[dict[str, Any]]:
+def _options(cls: type, offer: Offer) -> list[dict[str, Any]]:
     from dsplugins.cli.options import options
+    from dsplugins.contracts import EnvironmentUnfit
 
-    return options(cls.Options) if hasattr(cls, "Options") else []
+    declared = getattr(cls, "Options", None)
+    if declared is None:
+        return []
+    if not isinstance(declared, type) or not is_dataclass(declared):
+        raise EnvironmentUnfit(f"{offer.name}, from {offer.distribution}: its Options is not a dataclass")
+    return options(declared)
 
 
 def _page(facts: dict[str, Any]) -> str:

@@ -120,8 +120,71 @@ def lost_on_one_stage() -> list[str]:
 
 
 def test_all_stages_hear_of_a_lost_layer(workers):
-    for found in workers(2).run(lost_on_one_stage):
+    both = workers(2).run(lost_on_one_stage)
+    assert both[0] == both[1]
+    for found in both:
         assert "decoder.1 stands 0 times in the pipeline, wanted 1" in found
+
+
+def closure(count: int = 1) -> Any:
+    """As a schedule gives it that makes its function each time that it is asked."""
+
+    def run(**kwargs: Any) -> list[int]:
+        return [count]
+
+    return run
+
+
+def run(**kwargs: Any) -> None:
+    """Another function of that name."""
+
+
+def given_anew() -> list[list[str]]:
+    """Schedules that give a fresh closure: of their own, and where the loop has something else."""
+    from unittest import mock
+
+    from audit.provoke import unaudited, verdict
+
+    from dsplugins.plugins.schedule.one_f_one_b import OneFOneBSchedule
+
+    with (
+        mock.patch.object(OneFOneBSchedule, "forward_backward", lambda self: closure()),
+        unaudited() as built,
+    ):
+        return [verdict(built), verdict(dataclasses.replace(built, forward_backward=run))]
+
+
+def test_a_function_that_is_made_anew_is_the_schedules_own(workers):
+    ((own, other),) = workers(1).run(given_anew)
+    assert own == []
+    assert other == [f"forward-backward is {__name__}.run, one_f_one_b gave {__name__}.closure.<locals>.run"]
+
+
+def fresh_submodule() -> list[str]:
+    """An attention whose spec has another class of one name each time."""
+    from unittest import mock
+
+    from audit.provoke import hook, unaudited, verdict
+
+    from dsplugins.plugins.attention.mla import Mla
+
+    own = Mla.ds_attention
+
+    def ds_attention(self, config, backend):
+        spec = own(self, config=config, backend=backend)
+        spec.submodules.linear_proj = type("Mine", (spec.submodules.linear_proj,), {})
+        return spec
+
+    with mock.patch.object(Mla, "ds_attention", hook(ds_attention)), unaudited() as built:
+        return verdict(built)
+
+
+def test_two_classes_of_one_name_are_told_apart(workers):
+    (found,) = workers(1).run(fresh_submodule)
+    assert found == [
+        f"decoder.0-3, mtp.0: linear_proj is not the class {__name__}.Mine that was chosen but another "
+        "one of that name: make it once (functools.cache)"
+    ]
 
 
 def stopped() -> str:
@@ -131,6 +194,7 @@ def stopped() -> str:
     from runs import assembled
 
     from dsplugins import assemble, audit
+    from dsplugins.cli import exits
 
     wiring = assemble._wire
 
@@ -143,10 +207,11 @@ def stopped() -> str:
         with mock.patch.object(assemble, "_wire", spoilt), assembled([]):
             return "it went on"
     except audit.AuditFailure as failure:
+        assert exits.code_of(failure) == 3  # as `check` ends where it finds the same
         return str(failure)
 
 
 def test_a_difference_stops_the_run(workers):
     (said,) = workers(1).run(stopped)
-    assert said.startswith("what was built is not what was chosen: ")
+    assert said.startswith("what is built is not what was chosen: ")
     assert "biases would be updated twice" in said and "was to be False" in said

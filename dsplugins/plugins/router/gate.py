@@ -44,8 +44,12 @@ class CountingRouter(Router):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(probs [T, E] in the logits' dtype, map bool [T, E]) for input [S, B, H]; T = S * B."""
-        assert padding_mask is None, "training batches here have no padding"
+        """(probs [T, E] in the logits' dtype, map bool [T, E]) for input [S, B, H]; T = S * B.
+
+        Raises ValueError for a padding mask: padded tokens would be counted and balanced.
+        """
+        if padding_mask is not None:
+            raise ValueError("padding_mask: batches here have no padding, and this router would count it")
         return self.routing(self.gating(input))
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:

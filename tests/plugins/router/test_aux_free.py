@@ -54,6 +54,11 @@ def test_the_equations(single, groups):
             assert abs(probs[t, e].item() - expected) < 1e-6
 
 
+def test_padding_is_refused(single):
+    with pytest.raises(ValueError, match="padding_mask: batches here have no padding"):
+        build()(hidden(), padding_mask=torch.zeros(B, S, dtype=torch.bool))
+
+
 def chosen_experts(choice: list[float], groups: int | None, kept: int | None) -> list[int]:
     groups, kept = groups or 1, kept or 1
     size = E // groups
