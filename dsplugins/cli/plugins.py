@@ -125,7 +125,7 @@ def describe(offer: Offer) -> dict[str, Any]:
         "version": offer.version,
         "class": offer.entry_point.value,
         "about": inspect.cleandoc(cls.__doc__ or ""),
-        "options": _options(cls, offer),
+        "options": _options(cls),
         "hooks": _hooks(cls),
         "contract": getattr(cls, "contract", None),
         "requires": list(getattr(cls, "requires", ())),
@@ -143,7 +143,7 @@ def _hooks(cls: type) -> list[str]:
     return known + sorted(filled - set(known))
 
 
-def _options(cls: type, offer: Offer) -> list[dict[str, Any]]:
+def _options(cls: type) -> list[dict[str, Any]]:
     from dsplugins.cli.options import options
     from dsplugins.contracts import EnvironmentUnfit
 
@@ -151,7 +151,7 @@ def _options(cls: type, offer: Offer) -> list[dict[str, Any]]:
     if declared is None:
         return []
     if not isinstance(declared, type) or not is_dataclass(declared):
-        raise EnvironmentUnfit(f"{offer.name}, from {offer.distribution}: its Options is not a dataclass")
+        raise EnvironmentUnfit(f"{cls.__module__}.{cls.__name__}: its Options is not a dataclass")
     return options(declared)
 
 
