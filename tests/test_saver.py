@@ -258,23 +258,11 @@ def test_steps_without_a_checkpoint_are_told(tmp_path):
     assert len(lost(tmp_path, 2)) == 1
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (
-            {"seen": 1},
-            "plugin noisy failed in ds_state: TypeError: gave dict, which has no version, no save, no load",
-        ),
-        (
-            SimpleNamespace(version=1, save=lambda: {"x": {1, 2}}, load=print),
-            "plugin noisy failed in ds_state",
-        ),
-    ],
-)
-def test_what_could_not_be_saved_is_said_before_the_first_step(given, said):
+def test_what_could_not_be_saved_is_said_before_the_first_step():
     from dsplugins.failures import HookFailure
     from dsplugins.saver import _states
 
+    unwritable = SimpleNamespace(version=1, save=lambda: {"x": {1, 2}}, load=print)
     with pytest.raises(HookFailure) as told:
-        _states([("other", None), ("noisy", given)])
-    assert said in str(told.value)
+        _states([("other", None), ("noisy", unwritable)])
+    assert "plugin noisy failed in ds_state" in str(told.value)
