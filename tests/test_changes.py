@@ -44,9 +44,7 @@ def test_the_same_set_goes_on(run):
 
 
 def test_one_that_is_dropped_is_named(run):
-    (*_, said) = refused(
-        run,
-    )
+    (*_, said) = refused(run)
     assert "another plugins.expert_load (from): dsplugins " in said and said.endswith(" -> absent")
 
 
