@@ -17,6 +17,7 @@ LONGEST = (
     "test_layouts.py",
     "plugins/precision/fp8/test_fp8_v3.py",
     "checkpoint/test_state.py",
+    "checkpoint/test_resaved.py",
     "plugins/optimizer/test_overlap.py",
     "recipes/test_every_key.py",
     "plugins/dispatcher/test_flex.py",
