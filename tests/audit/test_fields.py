@@ -178,7 +178,10 @@ REFUSED = {
     "model.moe_shared_expert_overlap=True: the shared experts would be left out": [
         "model.moe_shared_expert_overlap=true"
     ],
-    "layernorm needs TransformerEngine": [*SELECTIVE, "model.recompute_modules=[layernorm]"],
+    "layernorm is made for the norms of TransformerEngine": [
+        *SELECTIVE,
+        "model.recompute_modules=[layernorm]",
+    ],
     "model.moe_router_enable_expert_bias has two writers": ["model.moe_router_enable_expert_bias=true"],
     "model.moe_router_score_function has two writers": ["model.moe_router_score_function=softmax"],
     "model.moe_router_load_balancing_type has two writers": ["model.moe_router_load_balancing_type=none"],
