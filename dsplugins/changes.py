@@ -70,6 +70,14 @@ def _recipe(file: Path) -> dict[str, Any]:
     return found
 
 
+def on_the_way(path: Path) -> dict[str, str]:
+    """What was changed while the run in `path` was under way, as it was accepted then: `key -> value`."""
+    noted: dict[str, list[str]] = {}
+    for row in kept.rows(path / "changes.jsonl"):
+        noted.setdefault(f"changed after step {row['after_step']}", []).extend(row["changes"])
+    return {key: json.dumps(changes) for key, changes in noted.items()}
+
+
 def between(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
     """Keys whose values differ, sorted; a key that is on one side only is `absent` on the other."""
     keys = sorted({*before, *now} - set(IGNORED))
@@ -120,4 +128,4 @@ def _sources(lock: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-__all__ = ["ABSENT", "Change", "between", "data_of", "of_data", "of_run", "since"]
+__all__ = ["ABSENT", "Change", "between", "data_of", "of_data", "of_run", "on_the_way", "since"]

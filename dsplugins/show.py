@@ -58,12 +58,12 @@ class Display:
             self.say(f"{name}: {value}")
 
     def bar(self, total: int) -> None:
-        """A progress bar, on a terminal only."""
+        """A progress bar, on a terminal only; `total` 0 is not known: the run ends by tokens."""
         if self.speaks and self.console.is_terminal:
             columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task("train", total=total)
+            self._task = self._bar.add_task("train", total=total or None)
 
     def stop_bar(self) -> None:
         """Take the bar away."""

@@ -12,7 +12,45 @@ import tempfile
 import time
 
 import pytest
+<<<<<<< HEAD
 from two_ranks import ENVIRONMENT, command, finish, ranks_of, rows, start
+=======
+from click.testing import CliRunner
+
+from dsplugins.cli import evaluate
+
+TINY = Path(__file__).parent / "tiny.yaml"
+SETUP = ["run.world_size=2", "parallel.expert=2", "train.micro_batch=2", "train.steps=12"]
+SETUP += ["evaluate.sequences=0", "save.every=3"]
+BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
+LOADS = ["plugins.expert_load.plots=false"]
+NUMBERS = (
+    *("step", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "max_vio", "learning_rate"),
+    "expert_load",  # in multiples of the mean, which is 64 tokens here: three digits are the counts
+)
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(name, *more):
+    train = [sys.executable, "-m", "dsplugins", "train", str(TINY)]
+    return [*train, *SETUP, *BF16, *LOADS, f"run.directory={name}", *more]
+
+
+def start(folder, name, *more):
+    return forks.Fork(command(name, *more), folder, ENVIRONMENT)
+
+
+def finish(process):
+    said, _ = process.communicate(timeout=180)
+    return process.returncode, said
+
+
+def rows(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [{key: row[key] for key in NUMBERS} for row in map(json.loads, lines)]
+>>>>>>> 2ada683b362fdf9a2cc384c8d92d411a81ee8682
 
 
 def status(folder, name):
@@ -131,7 +169,24 @@ def test_diff_tells_two_runs_apart(whole):
     line = [sys.executable, "-m", "dsplugins", "diff", "whole", "asked"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
-    assert set(done.stdout.splitlines()) == {"train.steps: 13 -> 12", "optimizer.clip_grad: 0.5 -> 1.0"}
+    *now, noted = sorted(done.stdout.splitlines(), key=lambda line: line.startswith("changed"))
+    assert set(now) == {"train.steps: 13 -> 12", "optimizer.clip_grad: 0.5 -> 1.0"}
+    assert noted.startswith("changed after step 12: [") and noted.endswith("] -> absent")
+    assert '"optimizer.clip_grad: 1.0 -> 0.5"' in noted
+
+
+def test_a_step_without_a_checkpoint_is_refused_before_a_process_is_started(whole, monkeypatch):
+    folder, _ = whole
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("dsplugins.cli.start.started", None)
+    done = CliRunner().invoke(evaluate.command, ["whole", "--step", "7"])
+    there = ", ".join(str(int(path.name[5:])) for path in sorted(Path("whole/checkpoints").glob("step-*")))
+    assert done.exit_code == 2 and there
+    assert f"whole holds no checkpoint of step 7: there are those of {there}" in done.stderr
+    shutil.copytree("whole", "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    done = CliRunner().invoke(evaluate.command, ["bare"])
+    assert done.exit_code == 2 and "bare holds no checkpoint to evaluate" in done.stderr
 
 
 def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):

@@ -15,12 +15,37 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dsplugins.corpora.build import Progress
+    from dsplugins.corpora.documents import Bad
     from dsplugins.corpora.sidecar import Sidecar
     from dsplugins.corpora.summary import Summary
     from dsplugins.corpora.tokenizer import TokenizerFile
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+SHOWN = 20
+"""Bad lines that are told one by one; a corpus in another format has millions of them."""
+KINDS = 8
+"""Kinds of files that were left out, told one by one."""
+MUCH = 0.2
+"""Share of unknown tokens that nobody wants."""
+
+
+class Prefix(click.ParamType):
+    """Where a corpus goes: a folder and the beginning of its files' names."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """The value, or a usage error for a folder or the name of one of the files."""
+        path = Path(value)
+        if str(value).endswith(os.sep) or path.name in ("", ".."):
+            self.fail(f"{value} is a folder: name the files in it, such as {path / 'corpus'}", param, ctx)
+        if path.suffix in (".bin", ".idx", ".npy", ".json"):
+            said = f"{value} is one file's name: give {path.with_suffix('')}, the endings come by themselves"
+            self.fail(said, param, ctx)
+        return path
 
 
 @click.group("data")
@@ -31,7 +56,7 @@ def command() -> None:
 @command.command("build")
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--tokenizer", required=True, type=FILE, help="A tokenizer.json.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Prefix of the files to write.")
+@click.option("--out", required=True, type=Prefix(), help="Prefix of the files to write.")
 @click.option("--key", default="text", show_default=True, help="Of the text in a JSON line.")
 @click.option(
     "--pattern",
@@ -72,8 +97,8 @@ def build(
     """Write OUT.bin and OUT.idx, a sidecar OUT.json and OUT.bytes.npy from text.
 
     An input is a file or a folder. A line of a *.jsonl file is a document; any other file is one. What is
-    no JSON, has no text, is empty or not UTF-8 is told with file and line; then the command fails at the
-    end and writes nothing, unless told to skip it. The result does not depend on the number of workers.
+    no JSON, has no text or is not UTF-8 is told with file and line; then the command fails at the end and
+    writes nothing, unless told to skip it. The result does not depend on the number of workers.
     """
     from concurrent.futures.process import BrokenProcessPool
 
@@ -88,21 +113,67 @@ def build(
     named = {mark: marks[mark] or name for mark, name in V3_MARKS.items()}
     file = TokenizerFile(tokenizer, named)
     wanted = Wanted(inputs, file, out, patterns, key, fim_rate, seed, skip_bad, overwrite)
+    _tell_left_out(inputs, patterns)
+    progress: list[Progress] = []
+
+    def moved(now: Progress) -> None:
+        progress[:] = [now]
+        advance(now)
+
     try:
         with interruptible(), _bar() as (say, advance):
-            made = make(wanted, workers, lambda bad: say(str(bad)), advance)
+            made = make(wanted, workers, _first(say), moved)
     except Interrupted as asked:
         click.echo(f"stopped by {asked.name}: nothing was written to {out}", err=True)
         raise SystemExit(128 + asked.number) from None
     except BuildRefused as error:
-        raise click.UsageError(str(error)) from error
+        click.echo(str(error), err=True)
+        raise SystemExit(2) from error
     except OSError as error:
         raise EnvironmentUnfit(f"{error.filename or out}: {error.strerror or error}") from error
     except BrokenProcessPool as error:
         raise EnvironmentUnfit(
             "one of the processes was killed (out of memory?), and nothing was written: take fewer --workers"
         ) from error
+    _tell_unknown(tokenizer, *progress)
     click.echo(_told(out, made))
+
+
+def _tell_left_out(inputs: tuple[Path, ...], patterns: tuple[str, ...]) -> None:
+    from dsplugins.corpora.sources import left_out
+
+    kinds = left_out(inputs, patterns).most_common()
+    told = [f"{count:,} x {kind}" for kind, count in kinds[:KINDS]]
+    if rest := sum(count for _, count in kinds[KINDS:]):
+        told.append(f"{rest:,} others")
+    if told:
+        click.echo(f"not read: {', '.join(told)} (--pattern says which files of a folder are)", err=True)
+
+
+def _first(say: Callable[[str], None]) -> Callable[[Bad], None]:
+    """Says the first bad lines, and that there are more."""
+    told = 0
+
+    def tell(bad: Bad) -> None:
+        nonlocal told
+        told += 1
+        if told <= SHOWN:
+            say(str(bad))
+        elif told == SHOWN + 1:
+            say("... and more: they are counted in the end")
+
+    return tell
+
+
+def _tell_unknown(tokenizer: Path, progress: Progress) -> None:
+    """A tokenizer for another language, for example."""
+    share = progress.unknown / progress.tokens if progress.tokens else 0.0
+    if share > MUCH:
+        click.echo(
+            f"warning: {share:.0%} of the tokens stand for what {tokenizer} doesn't know: "
+            "it may not be meant for this text",
+            err=True,
+        )
 
 
 @contextmanager

@@ -40,8 +40,23 @@ def command(run: Path, overrides: tuple[str, ...], step: int | None, as_json: bo
     if rank.inside_torchrun():
         _one_rank(recipe, run, step, as_json)
     else:
+        _refuse_absent(run, step)
         options = (["--step", str(step)] if step is not None else []) + (["--json"] if as_json else [])
         _all_ranks(recipe, ["evaluate", *options, str(run), *overrides])
+
+
+def _refuse_absent(run: Path, step: int | None) -> None:
+    """Raise UsageError where there is no checkpoint, or not the one of `step`: no process is started for that.
+
+    Looks at names alone: torch must not be imported before the environment is what plugins need.
+    """
+    names = (path.name.removeprefix("step-") for path in run.glob("checkpoints/step-*"))
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    if not steps:
+        raise click.UsageError(f"{run} holds no checkpoint to evaluate")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise click.UsageError(f"{run} holds no checkpoint of step {step}: there are those of {there}")
 
 
 def _all_ranks(recipe: Recipe, arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dsplugins.corpora import sidecar
 from dsplugins.corpora.documents import Bad
-from dsplugins.corpora.encoding import WIDE, Encoded, Encoder
+from dsplugins.corpora.encoding import WIDE, Encoded, Encoder, Unencodable
 from dsplugins.corpora.pool import ordered
 from dsplugins.corpora.sidecar import Sidecar
 from dsplugins.corpora.sources import File, find, tasks
@@ -66,6 +66,8 @@ class Progress:
     turned: int = 0
     tokens: int = 0
     bytes: int = 0
+    unknown: int = 0
+    """Tokens that stand for what the tokenizer doesn't know."""
     bad: Counter[str] = field(default_factory=Counter)
     """Reason -> how many."""
 
@@ -76,6 +78,7 @@ class Progress:
         self.turned += part.turned
         self.tokens += len(part.tokens)
         self.bytes += int(part.sizes.sum())
+        self.unknown += part.unknown
         self.bad.update(bad.reason for bad in part.bad)
 
 
@@ -97,7 +100,10 @@ def build(
     wanted.out.parent.mkdir(parents=True, exist_ok=True)
     with _partial(wanted.out) as paths, closing(ordered(encoder, tasks(files), workers)) as encoded:
         parts = _told(encoded, progress, tell_bad, tell_progress)
-        sizes = _write(parts, paths, wanted.tokenizer.vocab_size)
+        try:
+            sizes = _write(parts, paths, wanted.tokenizer.vocab_size)
+        except Unencodable as error:
+            raise BuildRefused(f"{error}; nothing was written") from error
         _refuse_result(wanted, progress)
         with paths["bytes.npy"].open("wb") as stream:
             np.save(stream, sizes)

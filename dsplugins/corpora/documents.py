@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Unusable(ValueError):
 
 
 def documents(piece: Piece, key: str) -> Iterator[Document | Bad]:
-    """In the order of the file. A file that can't be read is one bad line."""
+    """In the order of the file, without empty lines. A file that can't be read is one bad line."""
     try:
         with piece.file.path.open("rb") as stream:
             stream.seek(piece.start)
@@ -48,10 +49,14 @@ def documents(piece: Piece, key: str) -> Iterator[Document | Bad]:
     except OSError as error:
         yield Bad(str(piece.file.path), piece.first_line, "can't be read", error.strerror or "")
         return
+    if piece.start == 0:
+        content = content.removeprefix(BOM_UTF8)
     if not piece.file.lines:
         yield _whole(piece, content)
         return
     for line, raw in enumerate(content.removesuffix(b"\n").split(b"\n"), piece.first_line):
+        if not raw.strip():
+            continue
         try:
             text, size = _checked(_value(_decoded(raw), key))
             yield Document(f"{piece.file.name}:{line}", text, size)
@@ -83,8 +88,6 @@ def _decoded(raw: bytes) -> str:
 
 
 def _value(line: str, key: str) -> Any:
-    if not line.strip():
-        raise Unusable("empty line")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

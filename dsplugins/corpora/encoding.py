@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,10 @@ from dsplugins.corpora.tokenizer import TokenizerFile
 
 WIDE = 65500
 """Vocabularies below this are written in 16 bits, as megatron-core's `DType.optimal_dtype` has it."""
+
+
+class Unencodable(ValueError):
+    """A tokenizer failed on a document."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,32 @@ class Encoder:
             for found in documents(piece, self.key):
                 (bad if isinstance(found, Bad) else good).append(found)  # type: ignore[arg-type]
         parts = [self._parts(document) for document in good]
-        ids = self.tokenizer.encode([text for pieces in parts for text in pieces])
+        ids = self._ids(good, parts)
         whole = [self._joined([next(ids) for _ in pieces]) for pieces in parts]
         dtype = np.uint16 if self.tokenizer.vocab_size < WIDE else np.int32
+        tokens = np.array([token for document in whole for token in document], dtype=dtype)
         return Encoded(
-            tokens=np.array([token for document in whole for token in document], dtype=dtype),
+            tokens=tokens,
             lengths=np.array([len(document) for document in whole], dtype=np.int64),
             sizes=np.array([document.size for document in good], dtype=np.int64),
             turned=sum(len(pieces) > 1 for pieces in parts),
             read=sum(piece.stop - piece.start for piece in task),
+            unknown=_count(tokens, self.tokenizer.unknown),
             bad=bad,
         )
+
+    def _ids(self, good: Sequence[Document], parts: Sequence[tuple[str, ...]]) -> Iterator[list[int]]:
+        """Of each part of each document. Raises Unencodable for the first document that can't be encoded."""
+        try:
+            return iter(list(self.tokenizer.encode([text for pieces in parts for text in pieces])))
+        except Exception:  # the library raises plain Exception, and does not say for which text
+            for document, pieces in zip(good, parts, strict=True):
+                try:
+                    list(self.tokenizer.encode(pieces))
+                except Exception as error:
+                    said = f"{document.name}: {self.tokenizer.path} can't encode it: {error}"
+                    raise Unencodable(said) from error
+            raise
 
     def _parts(self, document: Document) -> tuple[str, ...]:
         """The text, or prefix, suffix and middle of a document that is turned."""
@@ -63,6 +82,10 @@ class Encoder:
         begin, hole, end = (_known(ids[mark]) for mark in ("fim_begin", "fim_hole", "fim_end"))
         prefix, suffix, middle = parts
         return [begin, *prefix, hole, *suffix, end, *middle, _known(ids["eos"])]
+
+
+def _count(tokens: NDArray[np.generic], token: int | None) -> int:
+    return 0 if token is None else int((tokens == token).sum())
 
 
 def _known(token: int | None) -> int:
@@ -84,7 +107,9 @@ class Encoded:
     """Documents in fill-in-middle form."""
     read: int
     """Bytes of the input."""
+    unknown: int = 0
+    """Tokens that stand for what the tokenizer doesn't know."""
     bad: list[Bad] = field(default_factory=list)
 
 
-__all__ = ["Encoded", "Encoder"]
+__all__ = ["Encoded", "Encoder", "Unencodable"]

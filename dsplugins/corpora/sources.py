@@ -66,6 +66,25 @@ def find(inputs: Sequence[Path], patterns: Sequence[str]) -> list[File]:
     return list(_told_apart(files))
 
 
+def left_out(inputs: Sequence[Path], patterns: Sequence[str]) -> Counter[str]:
+    """What stands in the folders of the inputs and is not read: ending, or kind -> how many."""
+    below = (path for given in inputs if given.is_dir() for path in given.rglob("*"))
+    return Counter(kind for path in below if (kind := _unread(path, patterns)))
+
+
+def _unread(path: Path, patterns: Sequence[str]) -> str | None:
+    if path.is_file():
+        ending = "".join(path.suffixes[-2:] if path.suffix in PACKED else path.suffixes[-1:])
+        return None if _matches(path, patterns) else ending or "without an ending"
+    if path.is_symlink():
+        return "link to a folder" if path.exists() else "broken link"
+    return None if path.is_dir() else "neither file nor folder"
+
+
+def _matches(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
+
+
 def _told_apart(files: Sequence[File]) -> Iterator[File]:
     """Equal names would be drawn alike: both documents in fill-in-middle form or neither, cut alike."""
     seen: Counter[str] = Counter()
@@ -77,7 +96,7 @@ def _told_apart(files: Sequence[File]) -> Iterator[File]:
 def _below(folder: Path, patterns: Sequence[str]) -> Iterator[File]:
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     for name in sorted(paths):
-        if any(fnmatch.fnmatchcase(paths[name].name, pattern) for pattern in patterns):
+        if _matches(paths[name], patterns):
             yield File(paths[name], name, _size(paths[name]))
 
 
@@ -113,4 +132,4 @@ def _cut(file: File, size: int) -> Iterator[Piece]:
             start, line = start + len(block), line + block.count(b"\n")
 
 
-__all__ = ["File", "Piece", "find", "tasks"]
+__all__ = ["File", "Piece", "find", "left_out", "tasks"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -46,6 +47,13 @@ class TokenizerFile:
     def ids(self) -> dict[str, int | None]:
         """Mark -> its id, None where the tokenizer has no such token."""
         return {mark: self._tokenizer.token_to_id(name) for mark, name in self.marks.items()}
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """Id of the token that stands for what the tokenizer doesn't know; None where there is none."""
+        model = json.loads(self.path.read_text(encoding="utf-8"))["model"]
+        named, number = model.get("unk_token"), model.get("unk_id")
+        return number if named is None else self._tokenizer.token_to_id(named)
 
     def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Ids of each text. A mark's name in a text is text: its id never comes out."""

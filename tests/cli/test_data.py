@@ -1,9 +1,11 @@
 """`dsplugins data`: what is typed, what is told, and the exit codes."""
 
+import functools
 import json
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
+import rich.console
 from click.testing import CliRunner
 
 from dsplugins.cli.data import command
@@ -50,6 +52,99 @@ def test_bad_lines_are_told_by_place_and_end_in_code_2(bpe, core, tmp_path):
     done = run(*line, "--skip-bad")
     assert f"{source}:2: not JSON" in done.stderr and "left out: 1 (1 x not JSON)" in done.stdout
     assert "left out        1 x not JSON" in run("show", tmp_path / "c").stdout
+
+
+def test_a_refusal_is_one_sentence(bpe, core, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(BAD)
+    line = ("build", source, "--tokenizer", bpe.path, "--out", tmp_path / "c", "--workers", 1)
+    first, second = run(*line, code=2).stderr.splitlines()
+    assert first.startswith(f"{source}:2: not JSON")
+    assert second.startswith("1 of the inputs' documents can't be taken (1 x not JSON): nothing was written.")
+
+
+def test_of_many_bad_lines_the_first_are_told_and_all_are_counted(bpe, core, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("no\n" * 15 + '{"text": ""}\n' * 15)
+    line = ("build", source, "--tokenizer", bpe.path, "--out", tmp_path / "c", "--workers", 1)
+    *told, more, last = run(*line, code=2).stderr.splitlines()
+    assert len(told) == 20 and told[-1] == f"{source}:20: empty text"
+    assert more == "... and more: they are counted in the end"
+    assert last.startswith("30 of the inputs' documents can't be taken (15 x empty text, 15 x not JSON)")
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("corpora/", "corpora/ is a folder: name the files in it, such as corpora/corpus"),
+        (".", ". is a folder"),
+        ("..", ".. is a folder"),
+        ("a/x.bin", "a/x.bin is one file's name: give a/x, the endings come by themselves"),
+        ("x.idx", "x.idx is one file's name: give x,"),
+    ],
+)
+def test_out_is_a_prefix(bpe, tmp_path, monkeypatch, out, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("x")
+    assert said in run("build", "in.txt", "--tokenizer", bpe.path, "--out", out, code=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_what_is_not_read_is_told(bpe, core, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.txt", "b.jsonl.gz", *(f"c.k{kind}" for kind in range(9))):
+        (folder / name).write_text("some text")
+    line = ("--tokenizer", bpe.path, "--out", tmp_path / "c", "--workers", 1)
+    said = run("build", folder, *line).stderr
+    assert said.startswith("not read: 1 x .") and ", 2 others (--pattern says which" in said
+    assert run("build", folder / "a.txt", *line, "--overwrite").stderr == ""
+
+
+def words(path, unknown=None):
+    """A tokenizer that knows two words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"a": 0, "b": 1} | ({unknown: 2} if unknown else {})
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, **({"unk_token": unknown} if unknown else {})))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_tokens(["</s>"])
+    tokenizer.save(str(path))
+    return ("--tokenizer", path, "--eos", "</s>", "--fim-rate", 0, "--out", path.with_name("c"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tokenizer_that_fails_is_told_with_the_document(core, tmp_path, workers):
+    (tmp_path / "in.jsonl").write_text('{"text": "a b"}\n{"text": "a c"}\n')
+    given = words(tmp_path / "words.json")
+    (said,) = run("build", tmp_path / "in.jsonl", *given, "--workers", workers, code=2).stderr.splitlines()
+    assert said.startswith(f"in.jsonl:2: {tmp_path}/words.json can't encode it: ")
+    assert said.endswith("; nothing was written") and not list(tmp_path.glob("c.*"))
+
+
+@pytest.mark.parametrize(("text", "warned"), [("a b a c", False), ("a c c b", True)])
+def test_many_unknown_tokens_are_told(core, tmp_path, text, warned):
+    """One of five with the end of the document, and two."""
+    (tmp_path / "in.txt").write_text(text)
+    given = words(tmp_path / "words.json", "[UNK]")
+    said = run("build", tmp_path / "in.txt", *given, "--workers", 1).stderr
+    assert said == (
+        f"warning: 40% of the tokens stand for what {tmp_path}/words.json doesn't know: "
+        "it may not be meant for this text\n"
+        if warned
+        else ""
+    )
+
+
+def test_a_bar_on_a_terminal(bpe, core, tmp_path, monkeypatch):
+    made = functools.partial(rich.console.Console, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(rich.console, "Console", made)
+    (tmp_path / "in.jsonl").write_text(BAD * 3)
+    line = ("build", tmp_path / "in.jsonl", "--tokenizer", bpe.path, "--out", tmp_path / "c")
+    drawn = run(*line, "--workers", 1, "--skip-bad").stderr
+    assert "100 %  3 documents" in drawn
+    assert f"{tmp_path}/in.jsonl:6: not JSON" in drawn
+    assert "\x1b[2K" in drawn[drawn.rindex("100 %") :], "the bar is taken away"
 
 
 def test_marks_are_named_by_options(bpe, core, tmp_path):

@@ -37,8 +37,6 @@ def test_each_line_is_a_document_with_a_name_and_its_bytes(tmp_path):
         (b'{"text": 3}', "not a text (it is a int)"),
         (b'{"text": null}', "not a text"),
         (b'{"text": ""}', "empty text"),
-        (b"", "empty line"),
-        (b"  \t", "empty line"),
         (b'{"text": "\xff"}', "not UTF-8 (byte 0xff at 10)"),
         (rb'{"text": "\ud83d"}', "half a surrogate pair"),
     ],
@@ -51,6 +49,20 @@ def test_a_bad_line_is_told_with_its_place(tmp_path, line, reason):
     assert [one.text for one in found if isinstance(one, Document)] == ["good"] * 31
     (bad,) = (one for one in found if isinstance(one, Bad))
     assert str(bad).startswith(f"{file}:31: {reason}")
+
+
+@pytest.mark.parametrize("empty", [b"", b"  \t", b"\r"])
+def test_empty_lines_do_not_count_but_keep_their_numbers(tmp_path, empty):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "one"}\n' + empty + b'\n{"text": "two"}\n' + empty + b"\n")
+    assert [(one.name, one.text) for one in read(file)] == [("a.jsonl:1", "one"), ("a.jsonl:3", "two")]
+
+
+def test_a_mark_before_utf_8_is_no_text(tmp_path):
+    for name, content in (("a.jsonl", b'{"text": "one"}\n'), ("a.txt", b"one")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        (document,) = read(tmp_path / name)
+        assert (document.text, document.size) == ("one", 3)
 
 
 def test_another_key(tmp_path):

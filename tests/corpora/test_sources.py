@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsplugins.corpora.sources import find, tasks
+from dsplugins.corpora.sources import find, left_out, tasks
 
 
 def names(files):
@@ -15,6 +15,19 @@ def test_a_folder_gives_its_files_by_name(tmp_path):
         (tmp_path / name).write_text("x\n")
     assert names(find([tmp_path], ["*.jsonl", "*.txt"])) == ["a.jsonl", "b.txt", "deep/er/c.txt"]
     assert names(find([tmp_path / "d.bin", tmp_path], ["c.*"])) == ["d.bin", "deep/er/c.txt"]
+
+
+def test_what_is_left_out_is_counted_by_ending(tmp_path):
+    names = ("a.jsonl", "b.jsonl.gz", "c.jsonl.gz", "v1.2.md", "deep/d.md", "LICENSE")
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("x\n")
+    (tmp_path / "in" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "in" / "other").symlink_to(tmp_path / "other")
+    found = left_out([tmp_path / "in", tmp_path / "in" / "v1.2.md"], ["*.jsonl", "*.txt"])
+    kinds = {".jsonl.gz": 2, ".md": 2, "without an ending": 1, "broken link": 1, "link to a folder": 1}
+    assert found == kinds
 
 
 @pytest.mark.parametrize(("name", "said"), [("x.jsonl.gz", "unpack it first"), ("x.md", "give a --pattern")])
