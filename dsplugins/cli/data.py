@@ -229,8 +229,9 @@ def show(prefix: Path, samples: int, tokenizer: Path | None, verify: bool, as_js
     missing = [end for end in (".bin", ".idx") if not prefix.with_name(prefix.name + end).is_file()]
     if missing:
         raise click.UsageError(f"{prefix}{missing[0]} is not there: PREFIX is a corpus without its ending")
+    described = _sidecar(prefix)
     if verify:
-        _verify(prefix)
+        _verify(prefix, described)
     file = _tokenizer(prefix, tokenizer) if samples else None
     with waiting(f"reading {prefix}"):
         summary = look(prefix, samples, file)
@@ -239,14 +240,25 @@ def show(prefix: Path, samples: int, tokenizer: Path | None, verify: bool, as_js
         click.echo("no documents shown: it has no sidecar, give its --tokenizer", err=True)
 
 
-def _verify(prefix: Path) -> None:
+def _sidecar(prefix: Path) -> Sidecar | None:
+    """What stands beside it. Raises EnvironmentUnfit for a sidecar that is damaged."""
+    from dsplugins.contracts import EnvironmentUnfit
+    from dsplugins.corpora import sidecar
+    from dsplugins.corpora.reading import AGAIN
+
+    try:
+        return sidecar.read(prefix)
+    except sidecar.SidecarFault as error:
+        raise EnvironmentUnfit(f"{error}; {AGAIN}") from error
+
+
+def _verify(prefix: Path, described: Sidecar | None) -> None:
     """Say that the files are as they were built. Raises EnvironmentUnfit where they are not."""
     from dsplugins.cli.waiting import waiting
     from dsplugins.contracts import EnvironmentUnfit
     from dsplugins.corpora import sidecar
     from dsplugins.corpora.reading import AGAIN, changed
 
-    described = sidecar.read(prefix)
     if described is None:
         raise click.UsageError(f"--verify: {sidecar.place(prefix)}, which has the digests, is not there")
     with waiting(f"reading all of {prefix}"):

@@ -46,7 +46,7 @@ def command(run: Path, overrides: tuple[str, ...], step: int | None, as_json: bo
 
 
 def _refuse_absent(run: Path, step: int | None) -> None:
-    """Raise UsageError where there is no checkpoint, or not the one of `step`: no process is started for that.
+    """Raise UsageError where there is no checkpoint, or not the one of `step`; no process is started for it.
 
     Looks at names alone: torch must not be imported before the environment is what plugins need.
     """

@@ -216,6 +216,9 @@ def test_verify_tells_what_has_changed(corpus, bpe):
         "copy the corpus again, or build it again"
     )
     assert "idx" not in said
+    prefix.with_name("c.json").write_text("{")
+    done = CliRunner().invoke(command, ["show", str(prefix), "--samples", "0"])
+    assert isinstance(done.exception, EnvironmentUnfit) and "c.json is not JSON" in str(done.exception)
     prefix.with_name("c.json").unlink()
     assert "which has the digests, is not there" in run("show", prefix, "--verify", code=2).stderr
 
