@@ -6,7 +6,7 @@ Other commands have nothing to finish: they clean up and end.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -40,7 +40,7 @@ class Wishes:
         self.stop = signal.Signals(number)
 
 
-class Interrupted(BaseException):
+class Interrupted(Exception):
     """A command that keeps nothing half done was asked to stop; exit code 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
@@ -49,22 +49,22 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Meanwhile the first of those signals, or SIGHUP, raises Interrupted, and later ones do nothing.
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Meanwhile those signals, and SIGHUP, are kept; what is given raises Interrupted for the first of them.
 
-    A signal that is ignored, as nohup has it, stays so.
+    It is to be called wherever the work can end: an exception out of nowhere would leave locks behind that
+    others wait for. A signal that is ignored, as nohup has it, stays so.
     """
     asked: list[int] = []
 
-    def interrupt(number: int, frame: object) -> None:
-        asked.append(number)
-        if len(asked) == 1:
-            raise Interrupted(number)
+    def check() -> None:
+        if asked:
+            raise Interrupted(asked[0])
 
     heard = [each for each in (*STOPS, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heard}
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in heard}
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

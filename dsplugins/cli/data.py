@@ -119,9 +119,10 @@ def build(
     def moved(now: Progress) -> None:
         progress[:] = [now]
         advance(now)
+        end_if_asked()
 
     try:
-        with interruptible(), _bar() as (say, advance):
+        with interruptible() as end_if_asked, _bar() as (say, advance):
             made = make(wanted, workers, _first(say), moved)
     except Interrupted as asked:
         click.echo(f"stopped by {asked.name}: nothing was written to {out}", err=True)

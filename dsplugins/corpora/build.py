@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ from dsplugins.corpora.tokenizer import TokenizerFile
 
 PARTS = ("bin", "idx", "bytes.npy")
 VERSIONS = ("dsplugins", "megatron-core", "numpy", "tokenizers")
+
+
+BLOCK = 1 << 24
+"""Bytes that are digested at once."""
 
 
 class BuildRefused(ValueError):
@@ -90,15 +95,17 @@ def build(
 ) -> Sidecar:
     """Build a corpus with so many processes; its sidecar. What can't be taken is told as it is met.
 
-    Raises BuildRefused, and leaves nothing.
+    Progress is told while nothing has moved, too; what that raises ends the build. So does BuildRefused,
+    which is raised here. Both leave nothing.
     """
     files = _files(wanted)
     _refuse_tokenizer(wanted)
     _refuse_existing(wanted)
     encoder = Encoder(wanted.tokenizer, wanted.key, wanted.fim_rate, wanted.seed)
     progress = Progress(sum(file.size for file in files))
+    alive = partial(tell_progress, progress)
     wanted.out.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(wanted.out) as paths, closing(ordered(encoder, tasks(files), workers)) as encoded:
+    with _partial(wanted.out) as paths, closing(ordered(encoder, tasks(files), workers, alive)) as encoded:
         parts = _told(encoded, progress, tell_bad, tell_progress)
         try:
             sizes = _write(parts, paths, wanted.tokenizer.vocab_size)
@@ -107,7 +114,7 @@ def build(
         _refuse_result(wanted, progress)
         with paths["bytes.npy"].open("wb") as stream:
             np.save(stream, sizes)
-        made = _sidecar(wanted, files, progress, paths)
+        made = _sidecar(wanted, files, progress, {part: _file(paths[part], alive) for part in paths})
         _put(wanted.out, paths, made)
     return made
 
@@ -192,7 +199,9 @@ def _write(parts: Iterable[Encoded], paths: dict[str, Path], vocab_size: int) ->
     return np.concatenate(sizes)
 
 
-def _sidecar(wanted: Wanted, files: Sequence[File], progress: Progress, paths: dict[str, Path]) -> Sidecar:
+def _sidecar(
+    wanted: Wanted, files: Sequence[File], progress: Progress, made: dict[str, dict[str, Any]]
+) -> Sidecar:
     tokenizer = wanted.tokenizer
     return Sidecar(
         tokenizer=str(tokenizer.path.resolve()),
@@ -209,7 +218,7 @@ def _sidecar(wanted: Wanted, files: Sequence[File], progress: Progress, paths: d
         skipped=dict(sorted(progress.bad.items())),
         key=wanted.key,
         inputs=tuple(_input(given, files) for given in wanted.inputs),
-        files={part: _file(path) for part, path in paths.items()},
+        files=made,
         versions={name: metadata.version(name) for name in VERSIONS},
     )
 
@@ -219,10 +228,13 @@ def _input(given: Path, files: Sequence[File]) -> dict[str, Any]:
     return {"path": str(given), "files": len(mine), "bytes": sum(mine)}
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _file(path: Path, alive: Callable[[], None]) -> dict[str, Any]:
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            alive()
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _places(out: Path) -> dict[str, Path]:

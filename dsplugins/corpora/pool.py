@@ -7,11 +7,13 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from threading import Thread
 
+PERIOD = 0.2
+"""Seconds between two calls of `idle`."""
 AHEAD = 4
 """Tasks a process that are begun before the first one's result is taken."""
 PARALLEL = "TOKENIZERS_PARALLELISM"
@@ -19,9 +21,11 @@ PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
 def ordered[Task, Result](
-    work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
+    work: Callable[[Task], Result], tasks: Iterable[Task], workers: int, idle: Callable[[], object]
 ) -> Generator[Result]:
     """`work` of each task, in order. With one worker in this process, else in so many others.
+
+    `idle` is called again and again while others work, and may raise: then they are ended.
 
     `work` and its tasks are pickled: small. An exception of one task is raised in its turn. The others end
     with this process, however it ends.
@@ -36,7 +40,7 @@ def ordered[Task, Result](
         pool = ProcessPoolExecutor(workers, context, _begin)
         others = set(multiprocessing.active_children())
         try:
-            yield from _drained(pool, work, iter(tasks), workers * AHEAD)
+            yield from _drained(pool, work, iter(tasks), workers * AHEAD, idle)
         except BaseException:  # nobody waits for what is not wanted any more
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
@@ -46,11 +50,19 @@ def ordered[Task, Result](
 
 
 def _drained[Task, Result](
-    pool: ProcessPoolExecutor, work: Callable[[Task], Result], tasks: Iterator[Task], ahead: int
+    pool: ProcessPoolExecutor,
+    work: Callable[[Task], Result],
+    tasks: Iterator[Task],
+    ahead: int,
+    idle: Callable[[], object],
 ) -> Iterator[Result]:
     waiting = _submitted(pool, work, islice(tasks, ahead))
     while waiting:
-        result = waiting.popleft().result()
+        first = waiting.popleft()
+        while wait([first], PERIOD).not_done:
+            idle()
+        idle()  # before it is told that processes are gone: whoever ended them may have asked this one, too
+        result = first.result()
         waiting.extend(_submitted(pool, work, islice(tasks, 1)))
         yield result
 

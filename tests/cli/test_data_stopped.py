@@ -62,11 +62,12 @@ def session(leader):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
-    ("number", "everybody"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGKILL, False)]
+    ("number", "everybody"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGKILL, False)],
 )
 def test_nothing_is_left(build, tmp_path, number, everybody):
     assert len(session(build.pid)) >= 2
-    if everybody:  # as the terminal does it at Ctrl-C
+    if everybody:  # as the terminal does it at Ctrl-C, and Slurm
         for process in (build.pid, *session(build.pid)):
             os.kill(process, number)
     else:
@@ -85,10 +86,12 @@ def test_a_signal_that_is_ignored_stays_so():
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interruptible():
+        with interruptible() as check:
             signal.raise_signal(signal.SIGHUP)
+            check()
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGUSR1)
             with pytest.raises(Interrupted, match="SIGTERM"):
-                signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)  # while it cleans up
+                check()
     finally:
         signal.signal(signal.SIGHUP, before)
