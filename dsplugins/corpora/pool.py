@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from itertools import islice
 from threading import Thread
 
+ASKING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+"""Signals by which a terminal, or a batch system, asks everybody to stop."""
 PERIOD = 0.2
 """Seconds between two calls of `idle`."""
 AHEAD = 4
@@ -25,10 +27,10 @@ def ordered[Task, Result](
 ) -> Generator[Result]:
     """`work` of each task, in order. With one worker in this process, else in so many others.
 
-    `idle` is called again and again while others work, and may raise: then they are ended.
+    `idle` is called again and again while others work, and may raise. They finish the task they are at when
+    this generator is left, and end with this process, however it ends.
 
-    `work` and its tasks are pickled: small. An exception of one task is raised in its turn. The others end
-    with this process, however it ends.
+    `work` and its tasks are pickled: small. An exception of one task is raised in its turn.
     """
     if workers == 1:
         with _one_thread():
@@ -38,14 +40,9 @@ def ordered[Task, Result](
     context = multiprocessing.get_context("spawn")
     with _one_thread():
         pool = ProcessPoolExecutor(workers, context, _begin)
-        others = set(multiprocessing.active_children())
         try:
             yield from _drained(pool, work, iter(tasks), workers * AHEAD, idle)
-        except BaseException:  # nobody waits for what is not wanted any more
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-            raise
-        finally:
+        finally:  # each ends its task: a pool waits for ever for one that was ended in the middle of a result
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -70,8 +67,8 @@ def _drained[Task, Result](
 def _submitted[Task, Result](
     pool: ProcessPoolExecutor, work: Callable[[Task], Result], tasks: Iterable[Task]
 ) -> deque[Future[Result]]:
-    """Processes are started here. Ctrl-C is for this one alone: they inherit that it is blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Processes are started here. Signals are for this one alone: they inherit that those are blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
         return deque(pool.submit(work, task) for task in tasks)
     finally:
