@@ -29,9 +29,13 @@ def build(bpe, source, tmp_path):
     """A build with two workers that has written something, in a session of its own."""
     line = [sys.executable, "-m", "dsplugins", "data", "build", source, "--tokenizer", bpe.path]
     line += ["--out", tmp_path / "made" / "c", "--workers", "2"]
-    started = subprocess.Popen(
-        list(map(str, line)), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell has put the tests behind
+    try:
+        started = subprocess.Popen(
+            list(map(str, line)), stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     partial = tmp_path / "made" / "c.bin.partial"
     until(lambda: partial.exists() and partial.stat().st_size or started.poll() is not None)
     assert started.poll() is None, started.communicate()[1]
