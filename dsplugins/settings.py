@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,16 @@ def objections(plan: Plan, plugins: Plugins, settings: Settings) -> list[Problem
     told = {problem.key for problem in problems}
     for _, found in plugins.event("ds_check", plan=plan, settings=settings):
         problems += (problem for problem in found or () if problem.key not in told)
-    return problems + refused_batches(plan, plugins)
+    return [*problems, *_other_chunks(plan, plugins, problems), *refused_batches(plan, plugins)]
+
+
+def _other_chunks(plan: Plan, plugins: Plugins, problems: Iterable[Problem]) -> Iterator[Problem]:
+    """A schedule that holds other chunks a rank than the layout has, unless it says so itself."""
+    key, wanted = "parallel.virtual_pipeline", plan.layout.virtual_pipeline
+    held = plugins.slot("schedule", plan=plan).chunks
+    if held != wanted and all(problem.key != key for problem in problems):
+        said = f"{plan.slots['schedule']} holds {held} chunks a rank, {key} is {wanted}"
+        yield Problem(said, key, f"set it to {held}, or name another schedule")
 
 
 def _unserved(settings: Settings) -> Iterator[Problem]:

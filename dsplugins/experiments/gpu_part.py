@@ -118,7 +118,7 @@ def _module(layer: Layer, module: Any, rounds: int, *more: Any) -> dict[str, Any
     """Forward and backward of `module`, a part of the layer, on the recipe's tokens, as in a run: inside the
     layer's autocast, weight gradients added where DDP sums them.
     """
-    layer.wrapped()
+    wrapped = layer.wrapped()
     hidden, gradient = layer.tokens(1).requires_grad_(), layer.tokens(2)
 
     def once() -> None:
@@ -129,6 +129,7 @@ def _module(layer: Layer, module: Any, rounds: int, *more: Any) -> dict[str, Any
 
     once()
     _in_its_format(layer.settings.model, module)
+    wrapped.zero_grad_buffer()
     return {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "tokens": hidden.shape[0] * hidden.shape[1],

@@ -154,7 +154,6 @@ def timed_in_fp8(obedient):
         attention = layer.module.self_attention
         attention.linear_proj.fp8_initialized, attention.linear_proj.fp8 = True, False
         outer = Autocast(layer.module, obedient)
-        outer.wrapped = layer.wrapped
         layer.settings.model.fp8 = "e4m3"
         standing = replace(layer, module=outer)
         object.__setattr__(standing, "wrapped", layer.wrapped)

@@ -200,3 +200,17 @@ def test_no_pipeline_accumulates(single):
     )  # fmt: skip
     for number in range(LAYERS):
         torch.testing.assert_close(chunk.layers[str(number)].weight.grad, want[number])
+
+
+def test_a_schedule_and_a_layout_hold_as_many_chunks_a_rank():
+    """Said by the host where the schedule's own plugin doesn't."""
+    from dsplugins.contracts import Problem
+    from dsplugins.settings import _other_chunks
+
+    plan = SimpleNamespace(layout=Layout(pipeline=2, virtual_pipeline=1), slots={"schedule": "mine"})
+    plugins = SimpleNamespace(slot=lambda name, plan: SimpleNamespace(chunks=2))
+    (found,) = _other_chunks(plan, plugins, [])
+    assert found.message == "mine holds 2 chunks a rank, parallel.virtual_pipeline is 1"
+    assert not list(_other_chunks(plan, plugins, [Problem("said", "parallel.virtual_pipeline", "so")]))
+    plan.layout = Layout(pipeline=2, virtual_pipeline=2)
+    assert not list(_other_chunks(plan, plugins, []))

@@ -5,7 +5,6 @@ Rank r of P holds stage r and stage 2P - 1 - r, so the first rank has both the e
 
 from __future__ import annotations
 
-from dsplugins.contracts import Problem
 from dsplugins.hookspecs import hookimpl
 
 
@@ -39,11 +38,6 @@ class VShape:
             "model.overlap_p2p_comm": True,
             "model.batch_p2p_comm": False,
         }
-
-    @hookimpl
-    def ds_check(self, plan, settings):
-        if plan.layout.virtual_pipeline != 2:
-            yield Problem("a V has two chunks a rank", "parallel.virtual_pipeline", "set it to 2")
 
     @hookimpl
     def ds_schedule(self, plan):

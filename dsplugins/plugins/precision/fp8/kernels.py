@@ -89,6 +89,19 @@ def rows_kernel(
 
 
 @triton.jit
+def program_columns(
+    tiles: tl.tensor, channels: tl.tensor, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """This program's BLOCK channels of a tile: channels, tokens, which tokens and which numbers are there."""
+    tile = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(tiles + tile * 4)
+    count = tl.load(tiles + tile * 4 + 1)
+    there = tl.arange(0, TILE) < count
+    return channel, first + tl.arange(0, TILE), there, there[:, None] & (channel[None, :] < channels)
+
+
+@triton.jit
 def store_columns(
     values: tl.tensor,
     codes: tl.tensor,
@@ -133,12 +146,7 @@ def columns_kernel(
     tokens for BLOCK channels, a divisor of 128.
     """
     tile = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.load(tiles + tile * 4)
-    count = tl.load(tiles + tile * 4 + 1)
-    token = first + tl.arange(0, TILE)
-    there = tl.arange(0, TILE) < count
-    inside = there[:, None] & (channel[None, :] < channels)
+    channel, token, there, inside = program_columns(tiles, channels, BLOCK)
     values = tl.load(x + token[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     if QUANTISED:
         from_tile = tl.program_id(1) * BLOCK // TILE

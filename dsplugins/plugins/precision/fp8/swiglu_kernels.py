@@ -9,7 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsplugins.plugins.precision.fp8.kernels import TILE, program_tiles, store_columns, store_rows
+from dsplugins.plugins.precision.fp8.kernels import (
+    TILE,
+    program_columns,
+    program_tiles,
+    store_columns,
+    store_rows,
+)
 
 
 @triton.jit
@@ -70,12 +76,7 @@ def swiglu_columns_kernel(
     no tile of inner has both gates and ups.
     """
     tile = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.load(tiles + tile * 4)
-    count = tl.load(tiles + tile * 4 + 1)
-    token = first + tl.arange(0, TILE)
-    there = tl.arange(0, TILE) < count
-    inside = there[:, None] & (channel[None, :] < channels)
+    channel, token, there, inside = program_columns(tiles, channels, BLOCK)
     from_tile = tl.program_id(1) * BLOCK // TILE
     at = token[:, None] * (2 * channels) + channel[None, :]
     at_scale = token * token_stride + from_tile * tile_stride
