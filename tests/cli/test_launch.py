@@ -49,7 +49,7 @@ def test_slurm_is_written_and_submitted(run, target, name, called):
     assert "gpus-per-node" not in text  # the recipe names the plugin cpu
     assert said.splitlines() == [
         "nodes: 2, ranks on each: 2; run directory: runs/tiny",
-        "data: python_source (a stand-in: Python's standard library)",
+        "data: python_source (Python's standard library)",
         "environment: nothing that a plugin asks for",
     ]
 

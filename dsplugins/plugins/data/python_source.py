@@ -58,7 +58,7 @@ class PythonSource:
     @property
     def told(self) -> str:
         """Nobody wants to train on it by mistake."""
-        return "" if self._options.directory else "a stand-in: Python's standard library"
+        return "" if self._options.directory else "Python's standard library"
 
     @hookimpl
     def ds_data(self, plan: Plan) -> Data:
