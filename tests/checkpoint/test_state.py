@@ -29,8 +29,8 @@ LAYOUTS = {
 BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
 
 
-def saved(folder, overrides, steps):
-    """Train `steps` steps, save, take one more; the row of that one."""
+def saved(folder, overrides, steps, more=1):
+    """Train `steps` steps, save, take `more`; the numbers of those."""
     import torch.distributed as dist
     from runs import assembled
 
@@ -45,46 +45,74 @@ def saved(folder, overrides, steps):
         assert optimizer_steps(run.chunks, run.optimizer) == steps
         group = dist.group.WORLD
         store.save(Path(folder), steps, pieces(run.chunks, run.optimizer), {"step": steps}, group)
-        return numbers(take_step(run, progress))
+        return taken(run, progress, more)
 
 
-def continued(folder, overrides, steps):
-    """Load into a fresh model and take the next step."""
+def continued(folder, overrides, steps, more=1):
+    """Load into a fresh model and take the next steps."""
     import torch.distributed as dist
     from runs import assembled
 
     from dsplugins.checkpoint import store
     from dsplugins.checkpoint.pieces import pieces, set_optimizer_steps
-    from dsplugins.step import Progress, take_step
+    from dsplugins.step import Progress
 
     with assembled([*overrides, "train.steps=9", "model.init_method_std=0.2"]) as run:
         found, damaged = store.newest_good(Path(folder), dist.group.WORLD)
         assert not damaged
         store.load(found, pieces(run.chunks, run.optimizer), dist.group.WORLD)
         set_optimizer_steps(run.chunks, run.optimizer, found.step)
-        return numbers(take_step(run, Progress(steps, steps * 8, steps * 8 * 32)))
+        return taken(run, Progress(steps, steps * 8, steps * 8 * 32), more)
 
 
-def numbers(step):
-    return step.loss, step.mtp_loss, step.grad_norm, step.expert_counts.tolist()
+def taken(run, progress, more):
+    """Of each step (loss, MTP's, gradient norm, expert counts)."""
+    from dsplugins.step import take_step
+
+    found = []
+    for _ in range(more):
+        step = take_step(run, progress)
+        progress = progress.after(step)
+        found.append((step.loss, step.mtp_loss, step.grad_norm, step.expert_counts.tolist()))
+    return found
 
 
 @pytest.fixture(scope="module")
 def of_one(workers, tmp_path_factory):
     """A checkpoint of one process after two steps, and what its third step gave."""
     folder = tmp_path_factory.mktemp("one")
-    return folder, workers(1).run(saved, str(folder), [], 2)[0]
+    return folder, workers(1).run(saved, str(folder), [], 2)[0][0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_of_one_process_goes_on_in_another_layout(workers, of_one, layout):
     folder, expected = of_one
     size, overrides = LAYOUTS[layout]
-    for found in workers(size).run(continued, str(folder), overrides, 2):
+    for (found,) in workers(size).run(continued, str(folder), overrides, 2):
         assert found[3] == expected[3]
         if layout == "one":
             assert found == expected
         assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
+
+
+GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
+EXPERTS = {
+    "ep2": LAYOUTS["ep2"][1],
+    "ep2, bf16": [*LAYOUTS["ep2"][1], *BF16],
+    "ep2, all held by each": [*LAYOUTS["ep2"][1], "plugins.adamw.zero=false"],
+    "pp2_vpp2": LAYOUTS["pp2_vpp2"][1],
+}
+
+
+@pytest.mark.parametrize("target", ["grouped", "sequential"])
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_other_experts_go_on_bit_for_bit(workers, tmp_path, layout, target):
+    """Losses, counts and norms of steps that clip, at rates that move weights."""
+    overrides = [*EXPERTS[layout], "train.learning_rate=3.0e-3", "optimizer.clip_grad=0.5"]
+    before, after = ([], GROUPED) if target == "grouped" else (GROUPED, [])
+    expected = workers(2).run(saved, str(tmp_path), [*overrides, *before], 2, 3)
+    assert all(norm > 0.5 for found in expected for _, _, norm, _ in found)
+    assert workers(2).run(continued, str(tmp_path), [*overrides, *after], 2, 3) == expected
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "ep2", "pp2_vpp2"])
@@ -96,8 +124,8 @@ def test_bf16_moments_keep_every_bit_in_the_same_layout(workers, tmp_path, layou
 
 @pytest.mark.parametrize(("source", "target"), [("tp2", "pp2"), ("ep2", "tp2"), ("pp2_vpp2", "ep2")])
 def test_any_layout_goes_on_in_any_other(workers, tmp_path, source, target):
-    expected = workers(2).run(saved, str(tmp_path), LAYOUTS[source][1], 2)[0]
-    for found in workers(2).run(continued, str(tmp_path), LAYOUTS[target][1], 2):
+    (expected,) = workers(2).run(saved, str(tmp_path), LAYOUTS[source][1], 2)[0]
+    for (found,) in workers(2).run(continued, str(tmp_path), LAYOUTS[target][1], 2):
         assert found[3] == expected[3]
         assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
 

@@ -87,6 +87,7 @@ class GroupedExperts(MegatronModule):
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         )
         parameter.allreduce = not own_groups  # type: ignore[attr-defined]
+        parameter.stacked = True  # type: ignore[attr-defined]  # the norm of gradients is taken expert by expert
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=split, stride=stride)
         return parameter
 

@@ -54,7 +54,7 @@ def build_optimizer(
         f"core 0.19 makes a chain of optimizers, not {type(built).__name__}"
     )
     device = next(chunks[0].parameters()).device
-    optimizer = PlainChain(built.chained_optimizers, limit, device)
+    optimizer = PlainChain(built.chained_optimizers, limit, device, chunks)
     parts = list(leaves(optimizer))
     for part in parts:
         _choose_class(part, config, moments, fused, kernel)

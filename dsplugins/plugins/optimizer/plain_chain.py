@@ -2,7 +2,7 @@
 
 megatron-core's clip_grads.py takes them from Transformer Engine, else from apex, else its own: a recipe then
 rounds otherwise on another machine. Here the numbers are those of core's own functions, bit for bit,
-summed over the same process groups.
+summed over the same process groups; for experts in stacked weights, those of experts that are held apart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
+from dsplugins.plugins.optimizer.stacked import Stacked
+
 
 class PlainChain(ChainedOptimizer):
     """Core's chain of optimizers, with a norm and clipping of its own.
@@ -22,9 +24,16 @@ class PlainChain(ChainedOptimizer):
     clipped when it is about to update.
     """
 
-    def __init__(self, parts: list[MegatronOptimizer], limit: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        parts: list[MegatronOptimizer],
+        limit: float,
+        device: torch.device,
+        chunks: Sequence[torch.nn.Module] = (),
+    ) -> None:
         super().__init__(parts)
         self._limit, self._device, self._norm = limit, device, 0.0
+        self._stacked = [Stacked.of(part, chunks) for part in parts]
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
@@ -53,7 +62,10 @@ class PlainChain(ChainedOptimizer):
     def _norm_of(self, name: str | None) -> float:
         """Of all parts at once where they are summed over the same ranks, else of each."""
         parts = self.chained_optimizers
-        grads = [part.get_grads_for_grad_norm(name) for part in parts]
+        grads = [
+            stacked.apart(part.get_grads_for_grad_norm(name))
+            for part, stacked in zip(parts, self._stacked, strict=True)
+        ]
         groups = [part.get_grad_stats_parallel_group() for part in parts]
         if all(group == groups[0] for group in groups):
             return norm([grad for some in grads for grad in some], groups[0], self._device)

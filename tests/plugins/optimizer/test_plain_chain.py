@@ -96,6 +96,7 @@ def test_nothing_is_clipped_at_zero(single):
     part = SimpleNamespace(
         is_stub_optimizer=False,
         config=None,
+        optimizer=SimpleNamespace(param_groups=[]),
         get_parameters=lambda: [parameter],
         get_grads_for_grad_norm=lambda name: [parameter.grad],
         get_grad_stats_parallel_group=lambda: torch.distributed.group.WORLD,
