@@ -129,6 +129,27 @@ def _kept_by(attention: Any) -> int | None:
     return int(2 * config.num_query_groups * config.kv_channels) if isinstance(attention, Attention) else None
 
 
+def multiplied_a_pair(chunks: Sequence[torch.nn.Module]) -> int | None:
+    """Multiply-adds of one query with one key and its value, over heads and these chunks' decoder layers.
+
+    61 x 128 x (192 + 128) for DeepSeek-V3. None where a layer has an attention that is not core's. Without
+    MTP.
+    """
+    layers = [layer for chunk in map(bare, chunks) for layer in chunk.decoder.layers]
+    pairs = [_pair_of(layer.self_attention) for layer in layers]
+    return None if None in pairs else sum(filter(None, pairs))
+
+
+def _pair_of(attention: Any) -> int | None:
+    config = attention.config
+    if isinstance(attention, MultiLatentAttention):
+        width = config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim
+        return int(config.num_attention_heads * width)
+    return (
+        int(2 * config.num_attention_heads * config.kv_channels) if isinstance(attention, Attention) else None
+    )
+
+
 def parameters(config: Any, chunks: Sequence[torch.nn.Module]) -> tuple[int, int]:
     """(trainable, activated a token) of the whole model with MTP, embedding and head; collective."""
     counts = of_model(chunks)
@@ -167,4 +188,13 @@ def _shards(name: str, parameter: torch.Tensor) -> int:
     return 1
 
 
-__all__ = ["Counts", "copied", "kept_a_token", "of_model", "of_stage", "parameters", "share"]
+__all__ = [
+    "Counts",
+    "copied",
+    "kept_a_token",
+    "multiplied_a_pair",
+    "of_model",
+    "of_stage",
+    "parameters",
+    "share",
+]

@@ -106,11 +106,15 @@ def _build_stages(
     problems += found.problems
     if found.problems:
         return None
+    rows = found.counts.rows(counts.share(settled.model))
+    weights = rows["activated_head_only"]["trainable"]
+    pairs = None if None in found.pairs else sum(filter(None, found.pairs))
     return {
         "stand_ins": dict(substitutes),
         "stages": [asdict(row) for row in found.rows],
-        "counts": found.counts.rows(counts.share(settled.model)),
+        "counts": rows,
         "kv_cache_bytes": None if None in found.kept else 2 * sum(filter(None, found.kept)),
+        "work": None if pairs is None else {"weights": weights, "pairs": pairs},
         "build_seconds": time.perf_counter() - began,
     }
 

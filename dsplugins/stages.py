@@ -64,6 +64,8 @@ class Found:
     """Of the whole model."""
     kept: list[int | None] = field(default_factory=list)
     """`counts.kept_a_token` of each stage."""
+    pairs: list[int | None] = field(default_factory=list)
+    """`counts.multiplied_a_pair` of each stage."""
     problems: list[Problem] = field(default_factory=list)
     chunks: list[Sequence[torch.nn.Module]] = field(default_factory=list)
     """Of each stage."""
@@ -87,6 +89,7 @@ def build_all(recipe: Recipe, plan: Plan, plugins: Plugins) -> Found:
             found.counts += counts.of_stage(stage.chunks)
             found.rows += _rows(number, stage)
             found.kept.append(counts.kept_a_token(stage.chunks))
+            found.pairs.append(counts.multiplied_a_pair(stage.chunks))
             found.chunks.append(stage.chunks)
             standing += names(settled.model, stage.chunks)
     said = [*audit.gathered(differing), *misplaced(plan, settled, standing)]

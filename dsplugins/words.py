@@ -15,6 +15,14 @@ def size(count: float) -> str:
     return f"{count / 2**10:.0f} KiB"
 
 
+def operations(count: float) -> str:
+    """Floating-point operations: `250.5 GFLOP`, `3.1 MFLOP`."""
+    for unit, power in (("TFLOP", 12), ("GFLOP", 9)):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count / 10**6:.1f} MFLOP"
+
+
 def duration(seconds: float) -> str:
     """`3 min 17 s`, `2 d 4 h`: the two largest units."""
     units: list[str] = []
@@ -26,4 +34,4 @@ def duration(seconds: float) -> str:
     return " ".join(units[:2]) or "0 s"
 
 
-__all__ = ["Verbatim", "duration", "size"]
+__all__ = ["Verbatim", "duration", "operations", "size"]

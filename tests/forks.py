@@ -43,8 +43,11 @@ class Fork:
         env: Mapping[str, str] | None = None,
         together: bool = True,
         input: str = "",
+        session: bool = False,
     ) -> None:
-        """`line` is `[sys.executable, ...]`. `together`: standard error goes where standard output does."""
+        """`line` is `[sys.executable, ...]`. `together`: standard error goes where standard output does.
+        `session`: it leads one of its own, and hears Ctrl-C wherever a shell has put the tests.
+        """
         program, *arguments = map(str, line)
         assert program == sys.executable, f"{program} is no fork of this interpreter"
         self._folder, self._together = tempfile.TemporaryDirectory(), together
@@ -52,7 +55,7 @@ class Fork:
         self._files = [Path(self._folder.name, name) for name in names]
         self._files[0].write_text(input)
         given = (arguments, os.fspath(cwd or os.getcwd()), dict(env or os.environ), _bare_path())
-        made = {"target": _first, "args": (list(map(str, self._files)), *given), "daemon": True}
+        made = {"target": _first, "args": (session, list(map(str, self._files)), *given), "daemon": True}
         self._process = context().Process(**made)
         self._process.start()
         self.pid = self._process.pid
@@ -118,9 +121,12 @@ def _bare_path() -> list[str]:
 
 
 def _first(
-    files: list[str], arguments: list[str], cwd: str, env: dict[str, str], path: list[str]
+    session: bool, files: list[str], arguments: list[str], cwd: str, env: dict[str, str], path: list[str]
 ) -> NoReturn:
     """The process that a test starts: from here on `subprocess` forks."""
+    if session:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, file in enumerate(files):
         opened = os.open(file, os.O_RDWR | os.O_CREAT | (os.O_APPEND if descriptor else 0))
         os.dup2(opened, descriptor)

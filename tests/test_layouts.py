@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 INTERLEAVED = ["parallel.virtual_pipeline=2", "plugins.one_f_one_b=null", "plugins.interleaved={}"]
-PAIRS = ["train.micro_batch=2"]
-"""For tensor parallel, which has many collectives in each layer: half the micro-batches, half of those."""
+FOURS = ["train.micro_batch=4"]
+"""For tensor parallel, which has many collectives in each layer: two micro-batches, a quarter of those."""
 LAYOUTS = {
     "dp2": (2, []),
-    "tp2": (2, ["parallel.tensor=2", *PAIRS]),
+    "tp2": (2, ["parallel.tensor=2", *FOURS]),
     "ep2": (2, ["parallel.expert=2"]),
     "pp2": (2, ["parallel.pipeline=2"]),
     "pp2_vpp2": (2, ["parallel.pipeline=2", *INTERLEAVED]),
     "ep2_pp2": (4, ["parallel.expert=2", "parallel.pipeline=2"]),
-    "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2", *PAIRS]),
+    "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2", *FOURS]),
 }
 ALPHAS = {"report": "1.0e-4", "large": "0.5"}
 ROUTERS = ("decoder.1", "decoder.2", "decoder.3", "mtp.0")

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from click.testing import CliRunner
 from two_ranks import ENVIRONMENT, command, finish, ranks_of, rows, start
@@ -171,17 +172,29 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
 
 
 FULL = """
-set -e
-mkdir -p small/checkpoints
-mount -t tmpfs -o size=$1 none small/checkpoints
-set +e
-"${@:2}"; first=$?
-cp small/status.json first.json
-ls small/checkpoints > after_first
-mount -o remount,size=100m small/checkpoints
-"${@:2}"; second=$?
-ls small/checkpoints > after_second
-echo "codes $first $second"
+import os, pathlib, shutil, subprocess, sys
+
+size, *command = sys.argv[1:]
+ids = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS)
+for file, line in ids.items():
+    pathlib.Path("/proc/self", file).write_text(line)
+kept = pathlib.Path("small/checkpoints")
+kept.mkdir(parents=True)
+
+
+def mount(options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", kept], check=True)
+
+
+mount(f"size={size}")
+first = subprocess.run(command).returncode
+shutil.copy("small/status.json", "first.json")
+pathlib.Path("after_first").write_text(" ".join(sorted(os.listdir(kept))))
+mount("remount,size=100m")
+second = subprocess.run(command).returncode
+pathlib.Path("after_second").write_text(" ".join(sorted(os.listdir(kept))))
+print("codes", first, second)
 """
 
 
@@ -198,13 +211,10 @@ def can_mount():
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(whole):
     folder, expected = whole
     one = sum(f.stat().st_size for f in next((folder / "whole" / "checkpoints").iterdir()).iterdir())
-    line = ["unshare", "-rm", "bash", "-c", FULL, "bash", str(int(1.6 * one))]
-    done = subprocess.run(
-        [*line, *command("small", "save.keep=1")],
-        **{"cwd": folder, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300},
-    )
-    said = done.stdout + done.stderr
-    assert "codes 4 0" in done.stdout, said
+    (folder / "full.py").write_text(FULL)
+    line = [sys.executable, "full.py", str(int(1.6 * one)), *command("small", "save.keep=1")]
+    code, said = finish(forks.Fork(line, folder, ENVIRONMENT))
+    assert code == 0 and "codes 4 0" in said, said
     told = json.loads((folder / "first.json").read_text())
     # Step 6 failed in the background, which is seen when step 9 is to be saved: that is tried at once.
     assert told["code"] == 4 and "step-00000009 can't be written: " in told["reason"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from two_ranks import finish, ranks_of, rows, start
 
-KILLS = int(os.environ.get("DSPLUGINS_TEST_KILLS", "5"))
+KILLS = int(os.environ.get("DSPLUGINS_TEST_KILLS", "3"))
 STEPS = 2 * KILLS + 4
 """An attempt gets one step further, or two."""
 EACH_STEP = ["save.every=1", f"train.steps={STEPS}"]

@@ -7,14 +7,17 @@ from typing import Any
 
 from dsplugins.cli.columns import columns
 from dsplugins.settings import spans
-from dsplugins.words import size
+from dsplugins.words import operations, size
 
 
 def text(findings: Mapping[str, Any], here: bool) -> str:
     """Layout, stages, counts and, with `here`, the machine; blocks between empty lines."""
     blocks = ["\n".join(_head(findings))]
     if "stages" in findings:
-        blocks += [_stages(findings["stages"]), _counts(findings["counts"]) + _cache(findings)]
+        blocks += [
+            _stages(findings["stages"]),
+            _counts(findings["counts"]) + _cache(findings) + _work(findings),
+        ]
     if "machine" in findings:
         blocks.append(_machine(findings["machine"]))
     blocks.append("\n".join(_end(findings, here)))
@@ -80,6 +83,28 @@ def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:
 def _cache(findings: Mapping[str, Any]) -> str:
     kept = findings["kv_cache_bytes"]
     return "" if kept is None else f"\nKV cache of a token in BF16: {kept:,} bytes."
+
+
+def _work(findings: Mapping[str, Any]) -> str:
+    """Operations of a token, and what they come to at the speed that was asked for."""
+    work, bill = findings["work"], findings.get("bill")
+    if work is None:
+        lost = "\nNo days or GPU-hours: the operations of an attention that isn't core's are not known."
+        return lost if "bill" in findings else ""
+    said = (
+        f"\nTraining takes {operations(work['flops'])} a token in sequences of {work['sequence']:,} "
+        f"({operations(work['flops_unmasked'])} with attention counted without its mask), MTP apart."
+    )
+    return said if bill is None else f"{said}\n{_bill(bill)}"
+
+
+def _bill(bill: Mapping[str, Any]) -> str:
+    price = "" if bill["dollars"] is None else f", {bill['dollars']:,.0f} dollars"
+    return (
+        f"At {bill['tflops']:g} TFLOP/s a GPU: {bill['tokens']:,} tokens in {bill['days']:,.1f} days, "
+        f"{bill['tokens_per_second']:,.0f} a second; {bill['gpu_hours']:,.0f} GPU-hours on {bill['gpus']:,}"
+        f"{price}."
+    )
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from checkpoint.test_state import LAYOUTS
 
 STEP = 1
+FEW = ["model.num_moe_experts=4", "model.moe_router_num_groups=2", "model.moe_router_group_topk=1"]
 
 
 def trained(folder, overrides):
@@ -20,7 +21,7 @@ def trained(folder, overrides):
     from dsplugins.checkpoint.pieces import pieces
     from dsplugins.step import Progress, take_step
 
-    with assembled([*overrides, "train.steps=9"]) as run:
+    with assembled([*overrides, *FEW, "train.steps=9"]) as run:
         take_step(run, Progress())
         store.save(Path(folder), STEP, pieces(run.chunks, run.optimizer), {}, dist.group.WORLD)
 
@@ -34,7 +35,7 @@ def resaved(sources, targets, overrides):
     from dsplugins.checkpoint.pieces import pieces
 
     left = []
-    with assembled([*overrides, "train.steps=9", "model.init_method_std=0.2"]) as run:
+    with assembled([*overrides, *FEW, "train.steps=9", "model.init_method_std=0.2"]) as run:
         held = pieces(run.chunks, run.optimizer)
         for source, target in zip(sources, targets, strict=True):
             for piece in held:

@@ -11,7 +11,7 @@ from dsplugins.testing import JobFailed
 LAYOUTS = {
     "one": (1, []),
     "dp2": (2, []),
-    "tp2": (2, ["parallel.tensor=2", "train.micro_batch=2"]),  # half of its many collectives
+    "tp2": (2, ["parallel.tensor=2", "train.micro_batch=4"]),  # a quarter of its many collectives
     "ep2": (2, ["parallel.expert=2"]),
     "pp2": (2, ["parallel.pipeline=2"]),
     "pp2_vpp2": (

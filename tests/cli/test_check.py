@@ -66,6 +66,39 @@ def test_v3_keeps_a_token_in_as_many_bytes_as_published(v3):
     assert v3["kv_cache_bytes"] == 70_272
 
 
+def test_v3_takes_as_many_operations_a_token_as_published(v3):
+    """arXiv 2505.09343, table 2: 250 GFLOP; table 4: 385 and 432 TFLOP/s at 272.80B tokens a day on 2048."""
+    work, tokens_per_second = v3["work"], 272.80e9 / 86400
+    assert work["pairs"] == 61 * 128 * (192 + 128) and work["sequence"] == 4096
+    assert work["flops"] == pytest.approx(250e9, rel=2.5e-3)
+    assert work["flops"] == pytest.approx(385e12 * 2048 / tokens_per_second, rel=4e-3)
+    assert work["flops_unmasked"] == pytest.approx(432e12 * 2048 / tokens_per_second, rel=4e-3)
+
+
+def test_v3_costs_what_was_published_at_the_published_speed():
+    """Report, table 1: 2664 thousand GPU-hours of pre-training, $5.328M; 180 thousand a trillion tokens."""
+    said = json.loads(
+        check("recipes/deepseek_v3/v3_671b.yaml", "--json", "--tflops", "385", "--dollars", "2")[0]
+    )
+    bill = said["bill"]
+    assert bill["tokens"] == pytest.approx(14.8e12, rel=1e-5) and bill["gpus"] == 2048
+    assert bill["gpu_hours"] == pytest.approx(2664e3, rel=5e-3)
+    assert bill["dollars"] == pytest.approx(5.328e6, rel=5e-3)
+    assert bill["gpu_hours"] / bill["tokens"] * 1e12 == pytest.approx(180e3, rel=5e-3)
+    assert bill["tokens_per_second"] * 86400 == pytest.approx(272.80e9, rel=4e-3)
+    assert bill["days"] / bill["tokens"] * 1e12 == pytest.approx(3.7, abs=0.05)
+
+
+def test_hours_need_a_speed_and_an_attention_that_is_known():
+    from dsplugins.cli.check import command
+    from dsplugins.cli.check_report import _work
+
+    done = CliRunner().invoke(command, [TINY, "--dollars", "2"])
+    assert done.exit_code == 2 and "--dollars needs --tflops" in done.output
+    assert CliRunner().invoke(command, [TINY, "--tflops", "0"]).exit_code == 2
+    assert _work({"work": None}) == "" and "No days or GPU-hours" in _work({"work": None, "bill": None})
+
+
 def test_each_stage_of_v3_holds_what_one_rank_should(v3):
     stages = v3["stages"]
     assert [stage["stage"] for stage in stages] == list(range(16))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 
 LINE = json.dumps({"text": "def f(self):\n    return self.x\n" * 40}) + "\n"
@@ -29,19 +29,12 @@ def build(bpe, source, tmp_path):
     """A build with two workers that has written something, in a session of its own."""
     line = [sys.executable, "-m", "dsplugins", "data", "build", source, "--tokenizer", bpe.path]
     line += ["--out", tmp_path / "made" / "c", "--workers", "2"]
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell has put the tests behind
-    try:
-        started = subprocess.Popen(
-            list(map(str, line)), stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    started = forks.Fork(line, together=False, session=True)
     partial = tmp_path / "made" / "c.bin.partial"
     until(lambda: partial.exists() and partial.stat().st_size or started.poll() is not None)
     assert started.poll() is None, started.communicate()[1]
     yield started
     started.kill()
-    started.communicate()
 
 
 def until(true):

@@ -81,8 +81,9 @@ def _sources(root: Path, tests: bool) -> list[tuple[str, Path]]:
     found = []
     for folder, folders, files in root.walk():
         folders[:] = [name for name in folders if not _matches(name, skipped)]
-        paths = (folder / name for name in files if name.endswith(".py") and not _matches(name, skipped))
-        found += [(path.relative_to(root).as_posix(), path) for path in paths]
+        inside = folder.relative_to(root)
+        names = (name for name in files if name.endswith(".py") and not _matches(name, skipped))
+        found += [((inside / name).as_posix(), folder / name) for name in names]
     return sorted(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class PythonSource:
         from dsplugins.plugins.data.corpus import Corpus
         from dsplugins.plugins.data.ranks import same_on_every_rank
 
-        split = self._split()
+        split = self._split
         same_on_every_rank(split.digest, OTHER_SOURCES)
         problems = list(_size_problems(plan, split))
         if problems:
@@ -96,13 +97,13 @@ class PythonSource:
         lacking = list(self.ds_here())
         yield from lacking
         if not lacking:
-            yield from _size_problems(plan, self._split())
+            yield from _size_problems(plan, self._split)
 
     @hookimpl
     def ds_here(self) -> Iterator[Problem]:
         """Whether there are sources."""
         try:
-            self._split()
+            _ = self._split
         except EnvironmentUnfit as error:
             yield Problem(
                 str(error),
@@ -111,7 +112,9 @@ class PythonSource:
                 kind="environment",
             )
 
+    @functools.cached_property
     def _split(self) -> Split:
+        """Read once in a process: checks and the run look at the same."""
         from dsplugins.plugins.data.files import read_documents, split_documents, standard_library
 
         options = self._options

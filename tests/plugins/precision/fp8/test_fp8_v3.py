@@ -10,6 +10,7 @@ FP8 = ["plugins.fp32=null", "plugins.fp8_v3={}"]
 EXACT = ["plugins.fp32=null", "plugins.fp8_v3.outside=fp32"]
 FIRST = [*EXACT, "train.steps=1"]
 GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
+THREE = ["train.steps=3", "train.micro_batch=2"]
 
 
 def classes(overrides):
@@ -101,8 +102,8 @@ def test_expert_parallelism_fills_the_tiles_along_tokens_otherwise(workers, alon
 
 @pytest.mark.parametrize("experts", [[], GROUPED])
 def test_quantising_is_seen_and_small(workers, experts):
-    half = workers(1).run(trained, [])[0]
-    quantised = workers(1).run(trained, [*EXACT, *experts])[0]
+    half = workers(1).run(trained, THREE)[0]
+    quantised = workers(1).run(trained, [*EXACT, *THREE, *experts])[0]
     for row, one in zip(quantised["rows"], half["rows"], strict=True):
         assert row["loss"] != one["loss"]
         assert row["loss"] == pytest.approx(one["loss"], rel=5e-3)
@@ -138,13 +139,12 @@ def test_weights_cast_once_a_step_give_the_same_numbers(workers, experts):
 
 
 def test_packed_experts_are_experts_in_turn(workers):
-    """Every loss and count of the five steps, bit for bit; the norm sums their gradients in another order."""
-    in_turn = workers(1).run(trained, FP8)[0]
-    packed = workers(1).run(trained, [*FP8, *GROUPED])[0]
+    """Every loss, count and norm of the steps, bit for bit."""
+    in_turn = workers(1).run(trained, [*FP8, *THREE])[0]
+    packed = workers(1).run(trained, [*FP8, *THREE, *GROUPED])[0]
     assert packed["counts"] == in_turn["counts"]
     for row, one in zip(packed["rows"], in_turn["rows"], strict=True):
-        assert all(row[key] == one[key] for key in ("loss", "mtp_loss", "aux_loss"))
-        assert row["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
+        assert all(row[key] == one[key] for key in ("loss", "mtp_loss", "aux_loss", "grad_norm"))
 
 
 def test_recomputing_norms_changes_no_bit(workers):
@@ -223,7 +223,7 @@ WHOLE_TILES = [
     *("model.hidden_size=256", "model.ffn_hidden_size=256", "model.num_attention_heads=4"),
     *("model.q_lora_rank=256", "model.kv_lora_rank=128", "model.qk_head_dim=128"),
     *("model.qk_pos_emb_head_dim=128", "model.v_head_dim=128", "model.moe_ffn_hidden_size=256"),
-    *("model.moe_shared_expert_intermediate_size=256", "train.micro_batch=2"),
+    *("model.moe_shared_expert_intermediate_size=256", "train.micro_batch=4"),
 ]
 """tiny.yaml with widths whose halves are multiples of 128: of the latent with the rotated key, too."""
 CUTS = {
@@ -284,8 +284,8 @@ def test_a_checkpoint_of_bf16_goes_on_in_fp8_and_back(workers, tmp_path):
     half = ["plugins.fp32=null", "plugins.bf16={}"]
     for name, before, after in (("up", half, FP8), ("down", FP8, half)):
         folder = str(tmp_path / name)
-        kept = workers(1).run(saved, folder, before, 2)[0]
-        on = workers(1).run(continued, folder, after, 2)[0]
+        (kept,) = workers(1).run(saved, folder, before, 2)[0]
+        (on,) = workers(1).run(continued, folder, after, 2)[0]
         assert on[0] == pytest.approx(kept[0], rel=5e-3) and on[0] != kept[0]
 
 
