@@ -6,6 +6,7 @@ computed again, MTP or the embedding's lookup; with and without the half that a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,40 +40,45 @@ class TokenWork:
 
 @dataclass(frozen=True)
 class Bill:
-    """So many tokens on so many GPUs at one speed."""
+    """So many tokens, at so many a second on each of so many processes."""
 
     tokens: int
-    tokens_per_second: float
-    gpus: float
-
-    @classmethod
-    def at(cls, flops: float, tokens: int, work: TokenWork, gpus: int) -> Bill:
-        """At `flops` operations a second on each GPU, counted as `work.causal` counts them."""
-        return cls(tokens, flops * gpus / work.causal, gpus)
+    rate: float
+    processes: int
 
     @property
     def seconds(self) -> float:
         """From the first step to the last."""
-        return self.tokens / self.tokens_per_second
+        return self.tokens / (self.rate * self.processes)
 
     @property
-    def gpu_hours(self) -> float:
-        """Of all GPUs together."""
-        return self.seconds / 3600 * self.gpus
+    def hours(self) -> float:
+        """Of all processes together: GPU-hours, where each has one."""
+        return self.tokens / self.rate / 3600
 
     def price(self, of_an_hour: float) -> float:
-        """In the currency of `of_an_hour`, which is a GPU's."""
-        return self.gpu_hours * of_an_hour
+        """In the currency of `of_an_hour`, which is a process's."""
+        return self.hours * of_an_hour
 
 
 def tokens_of(plan: Plan) -> int:
     """That a run trains on: whole steps, so the last may go beyond `train.tokens`."""
     train, taken, steps = plan.train, 0, 0
     multiple = train.multiple(train.micro_batch * plan.layout.data)
-    while steps < train.steps if train.steps is not None else taken < (train.tokens or 0):
-        taken += train.global_batch.at_multiple(steps, taken, multiple) * plan.data.seq_length
-        steps += 1
+    while not train.over(steps, taken):
+        step = train.global_batch.at_multiple(steps, taken, multiple) * plan.data.seq_length
+        if train.global_batch.settled(steps, taken):
+            return taken + step * _steps_left(plan, steps, taken, step)
+        taken, steps = taken + step, steps + 1
     return taken
+
+
+def _steps_left(plan: Plan, steps: int, taken: int, step: int) -> int:
+    train = plan.train
+    if train.steps is not None:
+        return train.steps - steps
+    assert train.tokens is not None, "plan.prepare refuses a run without an end"
+    return math.ceil((train.tokens - taken) / step)
 
 
 __all__ = ["Bill", "TokenWork", "tokens_of"]

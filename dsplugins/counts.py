@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAttention
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
 from dsplugins import routers
@@ -126,14 +127,15 @@ def _kept_by(attention: Any) -> int | None:
     config = attention.config
     if isinstance(attention, MultiLatentAttention):
         return int(config.kv_lora_rank + config.qk_pos_emb_head_dim)
-    return int(2 * config.num_query_groups * config.kv_channels) if isinstance(attention, Attention) else None
+    return int(2 * config.num_query_groups * config.kv_channels) if _plain(attention) else None
 
 
 def multiplied_a_pair(chunks: Sequence[torch.nn.Module]) -> int | None:
     """Multiply-adds of one query with one key and its value, over heads and these chunks' decoder layers.
 
-    61 x 128 x (192 + 128) for DeepSeek-V3. None where a layer has an attention that is not core's. Without
-    MTP.
+    61 x 128 x (192 + 128) for DeepSeek-V3. An attention derived from core's is taken to meet all keys that a
+    causal mask leaves; None where it says otherwise, by core's sparse part or a window, and where a layer has
+    another attention. Without MTP.
     """
     layers = [layer for chunk in map(bare, chunks) for layer in chunk.decoder.layers]
     pairs = [_pair_of(layer.self_attention) for layer in layers]
@@ -142,12 +144,18 @@ def multiplied_a_pair(chunks: Sequence[torch.nn.Module]) -> int | None:
 
 def _pair_of(attention: Any) -> int | None:
     config = attention.config
+    sparse = any(isinstance(part, DSAttention) for part in attention.children())
+    if sparse or config.window_size is not None:
+        return None
     if isinstance(attention, MultiLatentAttention):
         width = config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim
         return int(config.num_attention_heads * width)
-    return (
-        int(2 * config.num_attention_heads * config.kv_channels) if isinstance(attention, Attention) else None
-    )
+    return int(2 * config.num_attention_heads * config.kv_channels) if _plain(attention) else None
+
+
+def _plain(attention: Any) -> bool:
+    """Core's attention of keys and values, not another way to compute latent attention."""
+    return isinstance(attention, Attention) and not attention.config.multi_latent_attention
 
 
 def parameters(config: Any, chunks: Sequence[torch.nn.Module]) -> tuple[int, int]:

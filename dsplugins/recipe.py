@@ -103,14 +103,14 @@ class Recipe:
         return OmegaConf.to_yaml(OmegaConf.create(escaped(whole)))
 
 
-def render(problems: Iterable[Problem]) -> str:
-    """Problems as they are shown: place, message, remedy; then how many, and that nothing was started."""
+def render(problems: Iterable[Problem], ended: str = "Nothing was started.") -> str:
+    """Problems as they are shown: place, message, remedy; then how many, and how it `ended`."""
     unique = list(dict.fromkeys(problems))
     lines = []
     for problem in unique:
         lines.append(f"{problem.place}: {problem.message}" if problem.place else problem.message)
         lines += [f"    {line}" for line in problem.remedy.splitlines()]
-    lines.append(f"{len(unique)} problem{'' if len(unique) == 1 else 's'}. Nothing was started.")
+    lines.append(f"{len(unique)} problem{'' if len(unique) == 1 else 's'}. {ended}")
     return "\n".join(lines)
 
 

@@ -172,6 +172,12 @@ class Schedule:
             counts.update(range(_multiples(low, multiple), _multiples(high, multiple) + 1))
         return [multiple * count for count in sorted(counts)]
 
+    def settled(self, steps: int, tokens: int) -> bool:
+        """Whether it no longer changes from here on."""
+        *earlier, last = self.phases
+        constant = last.start == last.end or last.over(steps, tokens)
+        return constant and all(phase.over(steps, tokens) for phase in earlier)
+
     @property
     def is_constant(self) -> bool:
         """Whether the value never changes."""

@@ -49,6 +49,13 @@ class Train:
         """What batches are rounded to, where `unit` is micro_batch x data parallel."""
         return self.batch_multiple or unit
 
+    def over(self, steps: int, tokens: int) -> bool:
+        """Whether no step comes after so many, of the whole run."""
+        if self.steps is not None:
+            return steps >= self.steps
+        assert self.tokens is not None, "plan.prepare refuses a run without an end"
+        return tokens >= self.tokens
+
 
 @dataclass(frozen=True)
 class Evaluate:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsplugins import blame, changes, environment, process_group, rank, unanswered
-from dsplugins.contracts import EnvironmentUnfit, Evaluation, RunEnd, Step, Train
+from dsplugins.contracts import EnvironmentUnfit, Evaluation, RunEnd, Step
 from dsplugins.failures import HookFailure
 from dsplugins.plan import prepare
 from dsplugins.quiet import quiet
@@ -115,13 +115,13 @@ class Loop:
         """
         from dsplugins.step import take_step
 
-        over = _over(self.plan.train, progress.steps, progress.tokens)
+        over = self.plan.train.over(progress.steps, progress.tokens)
         if self._owed(progress.steps, over):
             self._evaluate(progress.steps)
         while not over:
             step = take_step(self.assembly, progress)
             progress = progress.after(step)
-            over = _over(self.plan.train, step.step, step.tokens)
+            over = self.plan.train.over(step.step, step.tokens)
             self._report(step, over)
             self._meet_not_finite(step, progress)
             self._save(progress, self.wishes.stop, over)
@@ -356,13 +356,6 @@ def add(row: dict[str, Any], name: str, more: Mapping[str, Any]) -> None:
 def _plain(value: Any) -> Any:
     """JSON knows neither infinity nor NaN: null."""
     return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def _over(train: Train, steps: int, tokens: int) -> bool:
-    if train.steps is not None:
-        return steps >= train.steps
-    assert train.tokens is not None, "plan.prepare refuses a run without an end"
-    return tokens >= train.tokens
 
 
 __all__ = ["Loop", "as_row", "train"]

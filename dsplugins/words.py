@@ -16,11 +16,11 @@ def size(count: float) -> str:
 
 
 def operations(count: float) -> str:
-    """Floating-point operations: `250.5 GFLOP`, `3.1 MFLOP`."""
-    for unit, power in (("TFLOP", 12), ("GFLOP", 9)):
-        if count >= 10**power:
-            return f"{count / 10**power:.1f} {unit}"
-    return f"{count / 10**6:.1f} MFLOP"
+    """Floating-point operations in four digits: `250.5 GFLOP`, `6.749 MFLOP`."""
+    for unit, power in (("TFLOP", 12), ("GFLOP", 9), ("MFLOP", 6)):
+        if count >= 0.99995 * 10**power:
+            return f"{count / 10**power:.4g} {unit}"
+    return f"{count / 10**3:.4g} kFLOP"
 
 
 def duration(seconds: float) -> str:

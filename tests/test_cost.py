@@ -2,65 +2,91 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dsplugins.cost import Bill, TokenWork, tokens_of
 
-HOUR, DAY = 3600.0, 86400.0
+DAY = 86400.0
+V3 = TokenWork(weights=36_625_603_584, pairs=61 * 128 * (192 + 128), sequence=4096)
+RATE = 272.80e9 / DAY / 2048
+"""Tokens a second on each of 2048 GPUs (arXiv 2505.09343, table 4)."""
 
 
-def test_table_1_of_the_report():
-    """14.8T tokens at 180K GPU-hours a trillion: 2664K; with 119K and 5K more 2788K, $5.576M at $2."""
-    a_trillion = Bill(10**12, 10**12 / (180e3 / 2048 * HOUR), 2048)
-    assert a_trillion.gpu_hours == pytest.approx(180e3)
-    assert a_trillion.seconds / DAY == pytest.approx(3.7, abs=0.05)
-    whole = Bill(148 * 10**11, a_trillion.tokens_per_second, 2048)
-    assert whole.gpu_hours == pytest.approx(2664e3) and whole.price(2.0) == pytest.approx(5.328e6)
-    more = [Bill(1, 1 / (hours * HOUR), 1) for hours in (119e3, 5e3)]
-    assert sum(bill.gpu_hours for bill in (whole, *more)) == pytest.approx(2788e3)
-    assert sum(bill.price(2.0) for bill in (whole, *more)) == pytest.approx(5.576e6)
+def planned(recipe, *overrides):
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
 
-
-def test_a_step_of_the_report_is_the_published_day():
-    """15360 x 4096 tokens in 19.926 s are 272.80B tokens a day (arXiv 2505.09343, table 4)."""
-    step = 15360 * 4096
-    assert Bill(step, step / 19.926, 2048).tokens_per_second * DAY == pytest.approx(272.80e9, rel=1e-4)
-
-
-def test_a_day_of_serving():
-    """226.75 nodes of eight at $2 a GPU-hour, 776B tokens in 24 hours: $87,072 (inference overview)."""
-    tokens = 608 * 10**9 + 168 * 10**9
-    day = Bill(tokens, tokens / DAY, 226.75 * 8)
-    assert day.price(2.0) == pytest.approx(87_072) and day.gpu_hours == pytest.approx(226.75 * 8 * 24)
+    return prepare(Recipe.load(recipe, list(overrides)))[1]
 
 
 def test_operations_of_a_sequence_added_up():
     """Query by query, forward and backward."""
     work = TokenWork(weights=7, pairs=3, sequence=5)
-    causal = sum(2 * 3 * (7 + 3 * keys) for keys in range(1, 6)) / 5
-    assert work.causal == causal and work.unmasked == 2 * 3 * (7 + 3 * 5)
-    bill = Bill.at(100.0, 1000, work, 4)
-    assert bill.tokens_per_second * work.causal == pytest.approx(4 * 100.0)
-    assert bill.seconds == pytest.approx(1000 * work.causal / 400)
+    assert work.causal == sum(2 * 3 * (7 + 3 * keys) for keys in range(1, 6)) / 5
+    assert work.unmasked == 2 * 3 * (7 + 3 * 5)
+
+
+def test_operations_are_the_published_ones():
+    """arXiv 2505.09343: 250 GFLOP a token (table 2), 385 and 432 TFLOP/s (table 4)."""
+    assert V3.causal == pytest.approx(250e9, rel=2.5e-3)
+    assert V3.causal * RATE == pytest.approx(385e12, rel=4e-3)
+    assert V3.unmasked * RATE == pytest.approx(432e12, rel=4e-3)
+
+
+def test_the_recipe_s_training_costs_what_was_published():
+    """Report, table 1: 2664 thousand GPU-hours, $5.328M at $2, 180 thousand hours or 3.7 days a trillion."""
+    bill = Bill(tokens_of(planned("deepseek_v3/v3_671b.yaml")), RATE, 2048)
+    assert bill.tokens == pytest.approx(14.8e12, rel=1e-5)
+    assert bill.hours == pytest.approx(2664e3, rel=2e-3)
+    assert bill.price(2.0) == pytest.approx(5.328e6, rel=2e-3)
+    assert bill.hours / bill.tokens * 1e12 == pytest.approx(180e3, rel=2e-3)
+    assert bill.seconds / DAY / bill.tokens * 1e12 == pytest.approx(3.7, abs=0.05)
+    # With the 119 and 5 thousand hours of what came after pre-training.
+    assert (bill.hours + 119e3 + 5e3) * 2.0 == pytest.approx(5.576e6, rel=2e-3)
+
+
+def test_a_step_of_the_recipe_takes_as_long_as_published():
+    """19.926 s for a step of the largest batch (table 4)."""
+    plan = planned("deepseek_v3/v3_671b.yaml")
+    batch = max(plan.train.global_batch.distinct(128))
+    assert Bill(batch * plan.data.seq_length, RATE, 2048).seconds == pytest.approx(19.926, rel=1e-3)
+
+
+def test_a_day_of_serving():
+    """226.75 nodes of eight at $2 a GPU-hour: $87,072 a day for 776B tokens (inference overview)."""
+    tokens, gpus = 608 * 10**9 + 168 * 10**9, 1814
+    day = Bill(tokens, tokens / DAY / gpus, gpus)
+    assert day.seconds == pytest.approx(DAY) and day.price(2.0) == pytest.approx(87_072)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    "overrides",
     [
-        (["train.steps=3"], 3 * 8 * 32),
-        (["train.steps=null", "train.tokens=600"], 3 * 8 * 32),  # whole steps of 256 tokens
-        (["train.steps=null", "train.tokens=512"], 2 * 8 * 32),
-        (
-            ["train.steps=4", "train.global_batch=[{until: 2 steps, value: 2}, {value: 6}]"],
-            (2 + 2 + 6 + 6) * 32,
-        ),
+        ["train.steps=3"],
+        ["train.steps=null", "train.tokens=600"],  # whole steps of 256 tokens
+        ["train.steps=null", "train.tokens=512"],
+        ["train.steps=9", "train.global_batch=[{until: 2 steps, value: 2}, {value: 6}]"],
+        ["train.steps=9", "train.global_batch=[{until: 4 steps, from: 2, to: 7}]"],
+        ["train.steps=3", "train.global_batch=[{until: 4 steps, from: 2, to: 7}]"],
+        [
+            "train.steps=null",
+            "train.tokens=9000",
+            "train.global_batch=[{until: 2000, from: 1, to: 9}, {value: 3}]",
+        ],
     ],
 )
-def test_tokens_of_a_run_are_those_of_its_steps(overrides, expected):
-    from pathlib import Path
+def test_tokens_of_a_run_are_those_of_its_steps(overrides):
+    """As the loop takes them, one after the other."""
+    plan = planned(Path(__file__).parent / "tiny.yaml", *overrides)
+    steps = tokens = 0
+    while not plan.train.over(steps, tokens):
+        tokens += plan.train.global_batch.at_multiple(steps, tokens, plan.train.multiple(1)) * 32
+        steps += 1
+    assert tokens_of(plan) == tokens > 0
 
-    from dsplugins.plan import prepare
-    from dsplugins.recipe import Recipe
 
-    tiny = Path(__file__).parent / "tiny.yaml"
-    assert tokens_of(prepare(Recipe.load(tiny, overrides))[1]) == expected
+def test_a_run_of_very_many_steps_is_not_walked():
+    plan = planned(Path(__file__).parent / "tiny.yaml", "train.steps=null", "train.tokens=14800000000000")
+    assert tokens_of(plan) == 14_800_000_000_000

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsplugins.words import duration, size
+from dsplugins.words import duration, operations, size
 
 
 @pytest.mark.parametrize(
@@ -10,6 +10,20 @@ from dsplugins.words import duration, size
 )
 def test_durations(seconds, said):
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (250_463e6, "250.5 GFLOP"),
+        (999.96e9, "1 TFLOP"),
+        (6.71e6, "6.71 MFLOP"),
+        (4e4, "40 kFLOP"),
+        (0.5e3, "0.5 kFLOP"),
+    ],
+)
+def test_operations(count, said):
+    assert operations(count) == said
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,31 +12,61 @@ if TYPE_CHECKING:
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 BALANCES = (*LOSSES, "sinkhorn", "quantile_balancing", "none")
 
-BY_NAME: Mapping[str, str] = {
-    "moe_grouped_gemm": "experts",
-    "experimental_attention_variant": "attention",
-    "qk_l2_norm": "attention",
-    "use_kitchen": "backend",
-    "use_kitchen_attention": "backend",
-    "heterogeneous_block_specs": "model",
+BY_NAME: Mapping[str, Sequence[str]] = {
+    "experts": ("moe_grouped_gemm", "use_grouped_gemm_for_shared_expert"),
+    "attention": (
+        *("experimental_attention_variant", "qk_l2_norm"),
+        *("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_topk_freq"),
+        *("dsa_indexer_skip_topk_offset", "dsa_indexer_loss_coeff", "dsa_indexer_use_sparse_loss"),
+        *("dsa_kernel_backend", "dsa_indexer_rope_interleaved", "dsa_indexer_rotate_activation"),
+        *("dsa_indexer_scoring_relu", "dsa_indexer_k_norm_epsilon", "dsa_indexer_k_norm_fp32"),
+        *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+        *("linear_num_key_heads", "linear_num_value_heads"),
+        *("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
+        *("mamba_training_ssm_states_dtype", "use_mamba_mem_eff_path"),
+    ),
+    "backend": (
+        *("use_kitchen", "use_kitchen_attention", "kitchen_attention_backend"),
+        "use_grouped_gemm_for_dense_mlp",
+    ),
+    "model": ("heterogeneous_block_specs",),
 }
-"""Fields by which core's own spec builders choose a class; here the owner of a slot does."""
+"""Slot -> fields by which core's own spec builders choose a class, or of classes that only they choose; here
+the owner of the slot does, and may write them."""
 
 ONLY_ONE_WIDTH = "all weights are drawn with init_method_std"
+MUP = f"{ONLY_ONE_WIDTH}, and rates aren't scaled by the width"
 NO_GRAPH = "the loop captures no CUDA graph"
+ONLY_TRAINS = "the loop only trains"
+NOT_THESE_GROUPS = "the loop makes process groups without it"
 UNREAD = "megatron-core reads it nowhere"
-NOBODY: Mapping[str, str] = {
-    "apply_residual_connection_post_layernorm": UNREAD,
-    "moe_token_dropping": UNREAD,
-    "qk_clip": "the loop clips no queries and keys",
-    "use_mup": f"{ONLY_ONE_WIDTH}, and rates aren't scaled by the width",
-    "init_method_xavier_uniform": ONLY_ONE_WIDTH,
-    "enable_cuda_graph": NO_GRAPH,
-    "external_cuda_graph": NO_GRAPH,
-    "cache_mla_latents": "the loop only trains",
-    "hybrid_context_parallel": "the loop does not cut sequences over context-parallel ranks",
+NOBODY: Mapping[str, Sequence[str]] = {
+    UNREAD: (
+        *("apply_residual_connection_post_layernorm", "moe_token_dropping", "moe_per_layer_logging"),
+        *("moe_deepep_num_sms", "moe_hybridep_num_sms", "mtp_hybrid_override_pattern"),
+        *("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
+        "tp_comm_bootstrap_backend",
+    ),
+    "the loop clips no queries and keys": ("qk_clip",),
+    MUP: ("use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_base_head_dim", "mup_attn_scale_power"),
+    NO_GRAPH: (
+        *("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl", "cuda_graph_scope"),
+        *("cuda_graph_use_single_mempool", "cuda_graph_retain_backward_graph"),
+    ),
+    ONLY_TRAINS: (
+        *("cache_mla_latents", "moe_pad_experts_for_cuda_graph_inference", "inference_rng_tracker"),
+        *("inference_sampling_seed", "nccl_all_reduce_for_prefill", "use_inference_optimized_layers"),
+        "inference_disable_triton_nvls_kernels",
+    ),
+    NOT_THESE_GROUPS: (
+        *("pipeline_model_parallel_comm_backend", "hierarchical_context_parallel_sizes"),
+        "use_te_rng_tracker",
+    ),
+    "the loop does not cut sequences over context-parallel ranks": (
+        *("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
+    ),
 }
-"""Fields that nothing here acts on, whichever plugins are chosen, and why."""
+"""Why -> fields that nothing here acts on, whichever plugins are chosen."""
 
 Wishes = Iterable[tuple[str, str]]
 """(field of the model's configuration, what is said of it)."""
@@ -58,19 +89,27 @@ def ignored(settings: Settings, slots: Mapping[str, str]) -> Wishes:
 
 
 def _chosen_by_name(settings: Settings, slots: Mapping[str, str]) -> Wishes:
-    for field, slot in BY_NAME.items():
-        owner, value = slots.get(slot), getattr(settings.model, field)
-        if value and settings.writers.get(f"model.{field}") != f"plugin {owner}":
-            yield field, f"model.{field}={value} has no effect: {owner} decides in the slot {slot}"
+    for slot, fields in BY_NAME.items():
+        owner = slots.get(slot)
+        for field, value in _changed(settings, fields):
+            if settings.writers.get(f"model.{field}") != f"plugin {owner}":
+                yield field, f"model.{field}={value} has no effect: {owner} decides in the slot {slot}"
+
+
+def _changed(settings: Settings, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Those that somebody wrote and that differ from core's default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings.model)}
+    for field in fields:
+        value = getattr(settings.model, field, None)
+        if f"model.{field}" in settings.writers and value != defaults.get(field):
+            yield field, value
 
 
 def _by_nobody(settings: Settings) -> Wishes:
     config = settings.model
-    for field, why in NOBODY.items():
-        if value := getattr(config, field, None):
+    for why, fields in NOBODY.items():
+        for field, value in _changed(settings, fields):
             yield field, f"model.{field}={value} has no effect: {why}"
-    if config.cuda_graph_impl != "none":
-        yield "cuda_graph_impl", f"model.cuda_graph_impl={config.cuda_graph_impl} has no effect: {NO_GRAPH}"
     if config.embedding_init_method_std not in (None, config.init_method_std):
         said = f"model.embedding_init_method_std={config.embedding_init_method_std:g} has no effect"
         yield "embedding_init_method_std", f"{said}: {ONLY_ONE_WIDTH}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -10,21 +11,36 @@ from typing import Any
 
 import click
 
-POSITIVE = click.FloatRange(min=0.0, min_open=True)
+
+def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0.0 < value < math.inf:
+        raise click.BadParameter(f"{value} is not a number above 0")
+    return value
 
 
 @click.command("check")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
 @click.option("--here", is_flag=True, help="Also whether this machine can run it.")
-@click.option("--tflops", type=POSITIVE, help="Days and GPU-hours at so many TFLOP/s on each GPU.")
-@click.option("--dollars", type=POSITIVE, help="What a GPU-hour costs; with --tflops.")
+@click.option(
+    "--tokens-per-second",
+    "rate",
+    type=float,
+    callback=_positive,
+    help="Days and GPU-hours at so many tokens a second on each process.",
+)
+@click.option(
+    "--dollars",
+    type=float,
+    callback=_positive,
+    help="What a process costs an hour; with --tokens-per-second.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def command(
     recipe: str,
     overrides: tuple[str, ...],
     here: bool,
-    tflops: float | None,
+    rate: float | None,
     dollars: float | None,
     as_json: bool,
 ) -> None:
@@ -33,24 +49,21 @@ def command(
     Builds every pipeline stage on the meta device, as ranks of the recipe's own number, and counts
     parameters. Exit code 3 if the recipe is wrong. With --here, exit code 4 if this machine lacks what it
     needs: libraries, devices, data; set LOCAL_WORLD_SIZE for a machine that runs a part of the ranks.
-
-    --tflops takes what a GPU of this layout was measured at, operations counted with the causal mask.
     """
     from dsplugins.cli import check_report
     from dsplugins.cli.child import ChildFailed
     from dsplugins.contracts import RecipeError
 
-    if dollars is not None and tflops is None:
-        raise click.UsageError("--dollars needs --tflops: without a speed there are no hours")
+    if dollars is not None and rate is None:
+        raise click.UsageError("--dollars needs --tokens-per-second: without a speed there are no hours")
     began = time.perf_counter()
     try:
         findings = _findings(recipe, overrides, here)
     except ChildFailed as failure:
         click.echo(f"{recipe}: {failure}", err=True)
         raise SystemExit(1) from None
-    work, plan = findings.get("work"), findings.pop("_plan", None)
-    if tflops is not None and "work" in findings:
-        findings["bill"] = _bill(plan, work, tflops, dollars) if work else None
+    if rate is not None and "stages" in findings:
+        findings["bill"] = bill(findings["training"], rate, dollars)
     findings["seconds"] = time.perf_counter() - began
     problems = findings.pop("_problems")
     must_fit = here or "stages" not in findings
@@ -95,30 +108,30 @@ def _findings(recipe: str, overrides: Sequence[str], here: bool) -> dict[str, An
     problems = loaded.located(process_group.missing(plan, plugins))
     problems += [Problem(**fields) for fields in meta.pop("problems")]
     found |= _plan(plan) | (meta.pop("built") or {})
-    if found.get("work"):
-        found["work"] = _work(found["work"], plan.data.seq_length)
+    if "stages" in found:
+        found["training"] = _training(plan, found.pop("work"))
     if machine:
         with waiting("looking at this machine"):
             answer = machine.answer()
         problems += [Problem(**fields) for fields in answer.pop("problems")]
         found |= answer
-    return found | _with(problems) | {"_plan": plan}
+    return found | _with(problems)
 
 
-def _bill(plan: Any, work: Mapping[str, Any], tflops: float, dollars: float | None) -> dict[str, Any]:
-    """The recipe's training at this speed."""
-    from dsplugins.cost import Bill, TokenWork, tokens_of
+def bill(training: Mapping[str, Any], rate: float, dollars: float | None) -> dict[str, Any]:
+    """The whole training at `rate` tokens a second on each process."""
+    from dsplugins.cost import Bill
 
-    of_token = TokenWork(work["weights"], work["pairs"], work["sequence"])
-    bill = Bill.at(tflops * 1e12, tokens_of(plan), of_token, plan.layout.world_size)
+    made = Bill(training["tokens"], rate, training["processes"])
+    flops = [training[name] for name in ("flops_a_token", "flops_a_token_unmasked")]
+    tflops, unmasked = (None if each is None else each * rate / 1e12 for each in flops)
     return {
+        "tokens_per_second": rate,
         "tflops": tflops,
-        "tokens": bill.tokens,
-        "tokens_per_second": bill.tokens_per_second,
-        "days": bill.seconds / 86400,
-        "gpus": bill.gpus,
-        "gpu_hours": bill.gpu_hours,
-        "dollars": None if dollars is None else bill.price(dollars),
+        "tflops_unmasked": unmasked,
+        "seconds": made.seconds,
+        "hours": made.hours,
+        "dollars": None if dollars is None else made.price(dollars),
     }
 
 
@@ -127,12 +140,19 @@ def _with(problems: Sequence[Any]) -> dict[str, Any]:
     return {"problems": [vars(problem) for problem in unique], "_problems": unique}
 
 
-def _work(counted: Mapping[str, int], sequence: int) -> dict[str, Any]:
-    """With the operations of a token, counted in both ways."""
-    from dsplugins.cost import TokenWork
+def _training(plan: Any, work: Mapping[str, int] | None) -> dict[str, Any]:
+    """Tokens of the whole run, and operations of one; null where the attention's are not known."""
+    from dsplugins.cost import TokenWork, tokens_of
 
-    work = TokenWork(**counted, sequence=sequence)
-    return vars(work) | {"flops": work.causal, "flops_unmasked": work.unmasked}
+    of_token = None if work is None else TokenWork(**work, sequence=plan.data.seq_length)
+    return {
+        "sequence": plan.data.seq_length,
+        "tokens": tokens_of(plan),
+        "processes": plan.layout.world_size,
+        "platform": plan.slots["platform"],
+        "flops_a_token": of_token and of_token.causal,
+        "flops_a_token_unmasked": of_token and of_token.unmasked,
+    }
 
 
 def _plan(plan: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dsplugins.cli.columns import columns
 from dsplugins.settings import spans
-from dsplugins.words import operations, size
+from dsplugins.words import duration, operations, size
 
 
 def text(findings: Mapping[str, Any], here: bool) -> str:
@@ -16,7 +16,7 @@ def text(findings: Mapping[str, Any], here: bool) -> str:
     if "stages" in findings:
         blocks += [
             _stages(findings["stages"]),
-            _counts(findings["counts"]) + _cache(findings) + _work(findings),
+            _counts(findings["counts"]) + _cache(findings) + _training(findings),
         ]
     if "machine" in findings:
         blocks.append(_machine(findings["machine"]))
@@ -85,26 +85,31 @@ def _cache(findings: Mapping[str, Any]) -> str:
     return "" if kept is None else f"\nKV cache of a token in BF16: {kept:,} bytes."
 
 
-def _work(findings: Mapping[str, Any]) -> str:
-    """Operations of a token, and what they come to at the speed that was asked for."""
-    work, bill = findings["work"], findings.get("bill")
-    if work is None:
-        lost = "\nNo days or GPU-hours: the operations of an attention that isn't core's are not known."
-        return lost if "bill" in findings else ""
-    said = (
-        f"\nTraining takes {operations(work['flops'])} a token in sequences of {work['sequence']:,} "
-        f"({operations(work['flops_unmasked'])} with attention counted without its mask), MTP apart."
-    )
-    return said if bill is None else f"{said}\n{_bill(bill)}"
+def _training(findings: Mapping[str, Any]) -> str:
+    """Tokens of the run, operations of one, and what they come to at the speed that was asked for."""
+    training = findings["training"]
+    said = f"\nTraining: {training['tokens']:,} tokens in sequences of {training['sequence']:,}"
+    if training["flops_a_token"] is None:
+        said += "; the operations of its attention are not known."
+    else:
+        masked, unmasked = (operations(training[f"flops_a_token{all_}"]) for all_ in ("", "_unmasked"))
+        said += f", {masked} each, MTP apart ({unmasked} with attention counted without its mask)."
+    return said + (f"\n{_bill(training, findings['bill'])}" if "bill" in findings else "")
 
 
-def _bill(bill: Mapping[str, Any]) -> str:
-    price = "" if bill["dollars"] is None else f", {bill['dollars']:,.0f} dollars"
+def _bill(training: Mapping[str, Any], bill: Mapping[str, Any]) -> str:
+    process = "GPU" if training["platform"] == "cuda" else "process"
+    speed = "" if bill["tflops"] is None else f" ({bill['tflops']:.4g} TFLOP/s)"
+    price = "" if bill["dollars"] is None else f", {_count(bill['dollars'])} dollars"
     return (
-        f"At {bill['tflops']:g} TFLOP/s a GPU: {bill['tokens']:,} tokens in {bill['days']:,.1f} days, "
-        f"{bill['tokens_per_second']:,.0f} a second; {bill['gpu_hours']:,.0f} GPU-hours on {bill['gpus']:,}"
-        f"{price}."
+        f"At {bill['tokens_per_second']:,.10g} tokens a second on each {process}{speed}: "
+        f"{duration(bill['seconds'])}, {_count(bill['hours'])} {process}-hours{price}."
     )
+
+
+def _count(number: float) -> str:
+    """Whole from a thousand on, three digits below."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

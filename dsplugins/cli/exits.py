@@ -70,7 +70,8 @@ def message_of(error: Exception, calls: Path | None = None) -> str:
         if code_of(error) == 4:
             parts = ((p.place, p.message, p.remedy) for p in error.problems)
             return "\n".join(": ".join(filter(None, three)) for three in parts)
-        return render(error.problems)
+        ended = "No step was taken." if "RANK" in os.environ else "Nothing was started."
+        return render(error.problems, ended)
     if isinstance(error, EnvironmentUnfit):
         return f"this machine can't run it: {error}"
     if isinstance(error, PluginFailure) and DEBUG not in os.environ:

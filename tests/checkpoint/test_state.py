@@ -99,7 +99,7 @@ GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
 EXPERTS = {
     "ep2": LAYOUTS["ep2"][1],
     "ep2, bf16": [*LAYOUTS["ep2"][1], *BF16],
-    "ep2, all held by each": [*LAYOUTS["ep2"][1], "plugins.adamw.zero=false"],
+    "ep2, bf16, all held by each": [*LAYOUTS["ep2"][1], *BF16, "plugins.adamw.zero=false"],
     "pp2_vpp2": LAYOUTS["pp2_vpp2"][1],
 }
 

@@ -67,36 +67,36 @@ def test_v3_keeps_a_token_in_as_many_bytes_as_published(v3):
 
 
 def test_v3_takes_as_many_operations_a_token_as_published(v3):
-    """arXiv 2505.09343, table 2: 250 GFLOP; table 4: 385 and 432 TFLOP/s at 272.80B tokens a day on 2048."""
-    work, tokens_per_second = v3["work"], 272.80e9 / 86400
-    assert work["pairs"] == 61 * 128 * (192 + 128) and work["sequence"] == 4096
-    assert work["flops"] == pytest.approx(250e9, rel=2.5e-3)
-    assert work["flops"] == pytest.approx(385e12 * 2048 / tokens_per_second, rel=4e-3)
-    assert work["flops_unmasked"] == pytest.approx(432e12 * 2048 / tokens_per_second, rel=4e-3)
+    """arXiv 2505.09343, tables 2 and 4: 250 GFLOP; 385 TFLOP/s at 272.80B tokens a day on 2048 GPUs."""
+    from dsplugins.cli.check import bill
+
+    training = v3["training"]
+    assert training["flops_a_token"] == pytest.approx(250e9, rel=2.5e-3)
+    assert training["tokens"] == pytest.approx(14.8e12, rel=1e-5) and training["processes"] == 2048
+    made = bill(training, 272.80e9 / 86400 / 2048, 2.0)
+    assert made["tflops"] == pytest.approx(385, rel=4e-3)
+    assert made["tflops_unmasked"] == pytest.approx(432, rel=4e-3)
+    assert made["hours"] == pytest.approx(2664e3, rel=2e-3)
+    assert made["dollars"] == pytest.approx(5.328e6, rel=2e-3)
 
 
-def test_v3_costs_what_was_published_at_the_published_speed():
-    """Report, table 1: 2664 thousand GPU-hours of pre-training, $5.328M; 180 thousand a trillion tokens."""
-    said = json.loads(
-        check("recipes/deepseek_v3/v3_671b.yaml", "--json", "--tflops", "385", "--dollars", "2")[0]
-    )
-    bill = said["bill"]
-    assert bill["tokens"] == pytest.approx(14.8e12, rel=1e-5) and bill["gpus"] == 2048
-    assert bill["gpu_hours"] == pytest.approx(2664e3, rel=5e-3)
-    assert bill["dollars"] == pytest.approx(5.328e6, rel=5e-3)
-    assert bill["gpu_hours"] / bill["tokens"] * 1e12 == pytest.approx(180e3, rel=5e-3)
-    assert bill["tokens_per_second"] * 86400 == pytest.approx(272.80e9, rel=4e-3)
-    assert bill["days"] / bill["tokens"] * 1e12 == pytest.approx(3.7, abs=0.05)
+def test_hours_and_price_are_told_at_a_speed():
+    said, _ = check(TINY, "--tokens-per-second", "100", "--dollars", "0.5")
+    assert "Training: 1,280 tokens in sequences of 32, " in said
+    assert "At 100 tokens a second on each process (" in said and "): 13 s, " in said
+    assert "0.00356 process-hours, 0.00178 dollars." in said
+    found = json.loads(check(TINY, "--json", "--tokens-per-second", "100")[0])
+    assert found["bill"]["seconds"] == 12.8 and found["bill"]["dollars"] is None
+    assert "bill" not in json.loads(check(TINY, "--json")[0])
 
 
-def test_hours_need_a_speed_and_an_attention_that_is_known():
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "fast"])
+def test_a_speed_is_a_number_above_0(given):
     from dsplugins.cli.check import command
-    from dsplugins.cli.check_report import _work
 
+    assert CliRunner().invoke(command, [TINY, "--tokens-per-second", given]).exit_code == 2
     done = CliRunner().invoke(command, [TINY, "--dollars", "2"])
-    assert done.exit_code == 2 and "--dollars needs --tflops" in done.output
-    assert CliRunner().invoke(command, [TINY, "--tflops", "0"]).exit_code == 2
-    assert _work({"work": None}) == "" and "No days or GPU-hours" in _work({"work": None, "bill": None})
+    assert done.exit_code == 2 and "--dollars needs --tokens-per-second" in done.output
 
 
 def test_each_stage_of_v3_holds_what_one_rank_should(v3):

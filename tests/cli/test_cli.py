@@ -127,6 +127,12 @@ def test_what_all_ranks_know_one_rank_of_a_machine_tells(ending, monkeypatch):
     assert "rank 1: " in ending(raising(KeyError("oops")))[1]
 
 
+def test_processes_that_were_started_do_not_say_that_nothing_was(ending, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    code, said = ending(raising(RecipeError([RECIPE])))
+    assert code == 3 and said.endswith("1 problem. No step was taken.")
+
+
 class Faulty:
     """A listener that fails a call below its hook."""
 

@@ -110,3 +110,5 @@ def test_check_builds_all_four(site, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "nothing wrong with the recipe" in done.stdout
+    assert "in sequences of 32; the operations of its attention are not known." in done.stdout
+    assert "KV cache" not in done.stdout

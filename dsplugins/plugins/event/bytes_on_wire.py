@@ -86,7 +86,7 @@ class BytesOnWire:
         assert self._rank is not None and self._tally is not None, "ds_model_built comes first"
         found = self._gathered(step) if self._tally.runs else None
         self._due = self._due or (step.step + 1) % self._every == 0
-        if self._due and not _over(self._rank.plan, step):
+        if self._due and not self._rank.plan.train.over(step.step, step.tokens):
             self._due = False
             self._tally.start()
         return found
@@ -125,9 +125,3 @@ class BytesOnWire:
         torch.distributed.all_gather_object(reports, (counted, predict(self._rank, micro_batches)))
         self._table.add(step.step, reports)
         return totals(reports)
-
-
-def _over(plan: Plan, step: Step) -> bool:
-    """Whether no step comes after this one."""
-    train = plan.train
-    return step.step >= train.steps if train.steps is not None else step.tokens >= (train.tokens or 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
+from dsplugins.optimizer_groups import leaves
 from dsplugins.plugins.optimizer.bf16_moments import Bf16MomentsAdamW
 from dsplugins.plugins.optimizer.plain_chain import PlainChain
 from dsplugins.plugins.optimizer.steps import keep_steps
@@ -60,15 +61,6 @@ def build_optimizer(
         _choose_class(part, config, moments, fused, kernel)
     _gather_once(parts)
     return optimizer
-
-
-def leaves(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
-    """The wrappers that hold a torch optimizer; stubs of ranks without parameters are left out."""
-    if isinstance(optimizer, ChainedOptimizer):
-        for part in optimizer.chained_optimizers:
-            yield from leaves(part)
-    elif not optimizer.is_stub_optimizer:
-        yield optimizer
 
 
 def _gather_once(parts: Sequence[MegatronOptimizer]) -> None:

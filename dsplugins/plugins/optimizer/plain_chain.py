@@ -29,7 +29,7 @@ class PlainChain(ChainedOptimizer):
         parts: list[MegatronOptimizer],
         limit: float,
         device: torch.device,
-        chunks: Sequence[torch.nn.Module] = (),
+        chunks: Sequence[torch.nn.Module],
     ) -> None:
         super().__init__(parts)
         self._limit, self._device, self._norm = limit, device, 0.0

@@ -14,15 +14,15 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from dsplugins.optimizer_groups import leaves, placements
+from dsplugins.optimizer_groups import Placement, leaves, placements
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """The stacked weights of one optimizer: those whose parameter has a true `stacked`, whole on this rank.
+    """The stacked weights of one optimizer: those whose parameter has a true `stacked`.
 
-    What data parallelism with ZeRO cuts stays as it is: there the ranks' shares of held-apart experts are
-    others, too.
+    None where data parallelism with ZeRO cuts one of them: there the ranks' shares of experts that are held
+    apart are others, too, and no order of sums is the same.
     """
 
     mains: Mapping[torch.Tensor, tuple[str, int]]
@@ -33,12 +33,10 @@ class Stacked:
     @classmethod
     def of(cls, part: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> Stacked:
         """Those of `part`, which optimizes parameters of `chunks`."""
-        mains = {
-            place.main: (place.name.rpartition(".")[0], len(place.parameter))
-            for place in placements(part, chunks)
-            if getattr(place.parameter, "stacked", False) and place.main.numel() == place.parameter.numel()
-        }
-        return cls(mains, any(isinstance(leaf, DistributedOptimizer) for leaf in leaves(part)))
+        found = [place for place in placements(part, chunks) if getattr(place.parameter, "stacked", False)]
+        mains = {place.main: (place.name.rpartition(".")[0], len(place.parameter)) for place in found}
+        backwards = any(isinstance(leaf, DistributedOptimizer) for leaf in leaves(part))
+        return cls(mains if all(map(_whole, found)) else {}, backwards)
 
     def apart(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """`grads` with each stack taken apart, in the order of a model that holds its tensors apart.
@@ -55,6 +53,10 @@ class Stacked:
             experts = list(zip(*stacks, strict=True))
             found.extend(chain.from_iterable(reversed(experts) if self.backwards else experts))
         return found
+
+
+def _whole(place: Placement) -> bool:
+    return place.main.numel() == place.parameter.numel()
 
 
 __all__ = ["Stacked"]

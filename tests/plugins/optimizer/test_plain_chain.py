@@ -101,7 +101,7 @@ def test_nothing_is_clipped_at_zero(single):
         get_grads_for_grad_norm=lambda name: [parameter.grad],
         get_grad_stats_parallel_group=lambda: torch.distributed.group.WORLD,
     )
-    chain = PlainChain([part], 0.0, torch.device("cpu"))
+    chain = PlainChain([part], 0.0, torch.device("cpu"), [])
     chain._should_defer_mxfp8_param_sync, chain._step = lambda: False, lambda: True
     assert chain.get_grad_norm() == pytest.approx(100 * 3**0.5) and chain.step_with_ready_grads()
     assert parameter.grad.tolist() == [100.0] * 3

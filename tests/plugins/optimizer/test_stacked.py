@@ -1,0 +1,78 @@
+"""Stacked gradients taken apart: in the order in which a model of experts held apart has them."""
+
+from __future__ import annotations
+
+import pytest
+
+GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
+BF16 = ["plugins.fp32=null", "plugins.bf16={}"]
+WHOLE = ["plugins.adamw.zero=false"]
+ONE_UNDECAYED = {"grouped": "*experts.weight2", "sequential": "*experts.local_experts.*.linear_fc2.weight"}
+
+
+def order(overrides):
+    """Of each optimizer: (module, expert, matrix) of each gradient that is summed, in turn."""
+    from runs import assembled
+
+    from dsplugins.optimizer_groups import placements
+
+    with assembled(overrides) as run:
+        found = []
+        for part, stacked in zip(run.optimizer.chained_optimizers, run.optimizer._stacked, strict=True):
+            codes = {}
+            for place in placements(part, run.chunks):
+                place.main.grad = place.main.new_zeros(place.main.shape)
+                for piece, name in pieces(place):
+                    codes[len(codes) + 1] = name
+                    piece.fill_(len(codes))
+            grads = stacked.apart([parameter.grad for parameter in part.get_parameters()])
+            found.append([codes[int(grad.flatten()[0])] for grad in grads])
+            assert all((grad == grad.flatten()[0]).all() for grad in grads)
+        return found
+
+
+def pieces(place):
+    """(part of a gradient, its name): an expert's matrix each."""
+    module, _, name = place.name.rpartition(".")
+    if name in ("weight1", "weight2"):
+        shares = place.main.grad.view(len(place.parameter), -1)
+        return [(share, (module, expert, name[-1])) for expert, share in enumerate(shares)]
+    if ".local_experts." in place.name:
+        before, _, after = place.name.partition(".local_experts.")
+        expert, linear, _ = after.split(".")
+        return [(place.main.grad, (before, int(expert), linear[-1]))]
+    return [(place.main.grad, (place.name, 0, ""))]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], WHOLE, BF16, [*BF16, *WHOLE]],
+    ids=["zero", "whole", "bf16 zero", "bf16 whole"],
+)
+def test_in_the_order_of_experts_held_apart(workers, overrides):
+    apart = workers(1).run(order, overrides)[0]
+    assert sum(len({name for name, _, which in part if which}) for part in apart) == 4
+    assert workers(1).run(order, [*overrides, *GROUPED])[0] == apart
+
+
+def test_where_another_rule_parts_the_matrices(workers):
+    """One of them without weight decay: the two stacks are in groups of their own."""
+    decayed = [
+        f"plugins.adamw.no_decay=[vectors,'{ONE_UNDECAYED[kind]}']" for kind in ("grouped", "sequential")
+    ]
+    apart = workers(1).run(order, [decayed[1]])[0]
+    assert workers(1).run(order, [decayed[0], *GROUPED])[0] == apart
+
+
+def counted(overrides):
+    from runs import assembled
+
+    with assembled(overrides) as run:
+        return [len(stacked.mains) for stacked in run.optimizer._stacked]
+
+
+def test_what_zero_cuts_stays_as_it_is(workers):
+    """Two data-parallel ranks share the experts' weights: nothing is gained by taking some of them apart."""
+    assert sum(workers(1).run(counted, GROUPED)[0]) == 8
+    assert sum(workers(2).run(counted, GROUPED)[0]) == 0
+    assert sum(workers(2).run(counted, [*GROUPED, "parallel.expert=2"])[0]) == 8
