@@ -20,8 +20,8 @@ def seed(train_seed: int, step: int, what: str = "step") -> None:
     data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     place = f"{train_seed} {what} {step} {data} {parallel_state.get_pipeline_model_parallel_rank()}"
     number = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
-    tensor_parallel.model_parallel_cuda_manual_seed(number)
-    torch.manual_seed(number)
+    tensor_parallel.model_parallel_cuda_manual_seed(number)  # the device's default generator, too
+    torch.default_generator.manual_seed(number)  # torch.manual_seed goes through devices that nobody has
 
 
 __all__ = ["seed"]

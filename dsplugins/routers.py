@@ -61,7 +61,8 @@ class Balance:
             return
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         summed = torch.stack([_mine(router) for _, router in self.routers])
-        torch.distributed.all_reduce(summed, group=group)
+        if group.size() > 1:
+            torch.distributed.all_reduce(summed, group=group)
         self.aux += summed[:, -1].double().sum()
         for (name, router), counts in zip(self.routers, summed[:, :-1], strict=True):
             self.counts[self.names.index(name)] = counts.double()

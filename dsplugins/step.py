@@ -148,7 +148,8 @@ def _sums(run: Assembly, losses: Sequence[dict[str, torch.Tensor]], count: int) 
         sums[2] = balance.aux / count / layout.data
         sums[3:] = balance.counts.flatten()
     MTPLossLoggingHelper.clean_metrics_in_tracker()
-    torch.distributed.all_reduce(sums)
+    if layout.world_size > 1:
+        torch.distributed.all_reduce(sums)
     loss, mtp, aux = sums[:3].tolist()
     counts: Any = sums[3:].cpu().round().to(torch.int64).view_as(balance.counts) if balance.names else None
     return Sums(

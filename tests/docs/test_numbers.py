@@ -49,10 +49,12 @@ def test_the_recorded_quick_start_is_fast_and_learns():
 
 
 def test_recorded_speeds_are_those_that_are_claimed():
-    """Beside a loop by hand at most a hundredth slower; beside Hugging Face not slower."""
-    assert RECORDS["bench_loop"]["results"]["ratio_of_medians"] <= 1.01
-    for size in ("small", "large"):
-        assert RECORDS[f"bench_huggingface_{size}"]["results"]["ratio_of_medians"] <= 1.0
+    """Beside a loop by hand at most a hundredth slower; beside Hugging Face faster at the large size, and
+    level, give or take three hundredths, at the small one."""
+    ratios = {name: record["results"].get("ratio_of_medians") for name, record in RECORDS.items()}
+    assert ratios["bench_loop"] <= 1.01
+    assert ratios["bench_huggingface_large"] <= 0.9
+    assert ratios["bench_huggingface_small"] == pytest.approx(1.0, abs=0.03)
 
 
 def numbers(value):
