@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -119,8 +119,7 @@ def kept_a_token(chunks: Sequence[torch.nn.Module]) -> int | None:
     Latent attention: the latent and the rotated key (61 x (512 + 64) for DeepSeek-V3: 70,272 bytes in BF16).
     Core's other one: keys and values of each group. None where a layer has another attention. Without MTP.
     """
-    kept = [_kept_by(layer.self_attention) for chunk in map(bare, chunks) for layer in chunk.decoder.layers]
-    return None if None in kept else sum(filter(None, kept))
+    return total(map(_kept_by, _attentions(chunks)))
 
 
 def _kept_by(attention: Any) -> int | None:
@@ -137,9 +136,17 @@ def multiplied_a_pair(chunks: Sequence[torch.nn.Module]) -> int | None:
     causal mask leaves; None where it says otherwise, by core's sparse part or a window, and where a layer has
     another attention. Without MTP.
     """
-    layers = [layer for chunk in map(bare, chunks) for layer in chunk.decoder.layers]
-    pairs = [_pair_of(layer.self_attention) for layer in layers]
-    return None if None in pairs else sum(filter(None, pairs))
+    return total(map(_pair_of, _attentions(chunks)))
+
+
+def total(parts: Iterable[int | None]) -> int | None:
+    """Their sum; None where one of them is not known."""
+    known = list(parts)
+    return None if None in known else sum(filter(None, known))
+
+
+def _attentions(chunks: Sequence[torch.nn.Module]) -> list[Any]:
+    return [layer.self_attention for chunk in map(bare, chunks) for layer in chunk.decoder.layers]
 
 
 def _pair_of(attention: Any) -> int | None:
@@ -205,4 +212,5 @@ __all__ = [
     "of_stage",
     "parameters",
     "share",
+    "total",
 ]

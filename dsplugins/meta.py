@@ -108,12 +108,12 @@ def _build_stages(
         return None
     rows = found.counts.rows(counts.share(settled.model))
     weights = rows["activated_head_only"]["trainable"]
-    pairs = None if None in found.pairs else sum(filter(None, found.pairs))
+    kept, pairs = counts.total(found.kept), counts.total(found.pairs)
     return {
         "stand_ins": dict(substitutes),
         "stages": [asdict(row) for row in found.rows],
         "counts": rows,
-        "kv_cache_bytes": None if None in found.kept else 2 * sum(filter(None, found.kept)),
+        "kv_cache_bytes": None if kept is None else 2 * kept,
         "work": None if pairs is None else {"weights": weights, "pairs": pairs},
         "build_seconds": time.perf_counter() - began,
     }
