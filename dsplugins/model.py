@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from dsplugins import placement, weights
+from dsplugins import gradient_buffers, placement, weights
 from dsplugins.failures import HookFailure, PluginFailure
 
 if TYPE_CHECKING:
@@ -279,12 +279,25 @@ def wrap(chunks: list[torch.nn.Module], settings: Settings) -> list[torch.nn.Mod
     config = settings.model
     if config.bf16 or config.fp16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
-    return [
-        DistributedDataParallel(
-            config=config, ddp_config=settings.ddp, module=chunk, disable_bucketing=index > 0
-        )
-        for index, chunk in enumerate(chunks)
-    ]
+    return [data_parallel(chunk, settings, first=index == 0) for index, chunk in enumerate(chunks)]
+
+
+def data_parallel(chunk: torch.nn.Module, settings: Settings, first: bool = True) -> torch.nn.Module:
+    """Core's wrapper of a rank's `first` chunk or another, with experts in its buffers in one order."""
+    cuts = first and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    return DistributedDataParallel(
+        config=settings.model,
+        ddp_config=settings.ddp,
+        module=chunk,
+        disable_bucketing=not cuts,
+        full_param_layout=gradient_buffers.layout(
+            chunk,
+            settings.ddp,
+            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            parallel_state.get_expert_data_parallel_world_size(),
+            whole=not cuts,
+        ),
+    )
 
 
 def build(plan: Plan, settings: Settings, plugins: Plugins, device: torch.device) -> list[torch.nn.Module]:

@@ -22,7 +22,6 @@ KNOWN = (
 """Beginnings of messages, as regular expressions."""
 LOGGERS = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # the platform slot says where tensors live
-    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",  # DDP makes it
 }
 """Logger -> the message that it may keep to itself."""
 

@@ -45,11 +45,9 @@ class Layer:
 
     def wrapped(self) -> Any:
         """The layer in core's DDP, which gives its weights FP32 buffers for their gradients."""
-        from megatron.core.distributed import DistributedDataParallel
+        from dsplugins import model
 
-        return DistributedDataParallel(
-            config=self.settings.model, ddp_config=self.settings.ddp, module=self.module
-        )
+        return model.data_parallel(self.module, self.settings)
 
     def tokens(self, seed: int = 1) -> torch.Tensor:
         """What a norm hands on, [S, B, H]: the recipe's sequence length and micro-batch."""

@@ -97,10 +97,13 @@ def test_a_checkpoint_of_one_process_goes_on_in_another_layout(workers, of_one, 
 
 GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
 EXPERTS = {
-    "ep2": LAYOUTS["ep2"][1],
-    "ep2, bf16": [*LAYOUTS["ep2"][1], *BF16],
-    "ep2, bf16, all held by each": [*LAYOUTS["ep2"][1], *BF16, "plugins.adamw.zero=false"],
-    "pp2_vpp2": LAYOUTS["pp2_vpp2"][1],
+    "ep2, bf16": (2, [*LAYOUTS["ep2"][1], *BF16]),
+    "ep2, bf16, all held by each": (2, [*LAYOUTS["ep2"][1], *BF16, "plugins.adamw.zero=false"]),
+    "pp2_vpp2": LAYOUTS["pp2_vpp2"],
+    "dp2, cut by ZeRO, in buckets": (2, ["plugins.adamw.overlap_grad_reduce=true", "ddp.bucket_size=3000"]),
+    "dp4, cut by ZeRO": (4, BF16),
+    "dp4, all held by each": (4, ["plugins.adamw.zero=false"]),
+    "dp4 x ep2, cut by ZeRO": (4, ["parallel.expert=2"]),
 }
 
 
@@ -108,11 +111,12 @@ EXPERTS = {
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_other_experts_go_on_bit_for_bit(workers, tmp_path, layout, target):
     """Losses, counts and norms of steps that clip, at rates that move weights."""
-    overrides = [*EXPERTS[layout], "train.learning_rate=3.0e-3", "optimizer.clip_grad=0.5"]
+    size, overrides = EXPERTS[layout]
+    overrides = [*overrides, "train.learning_rate=3.0e-3", "optimizer.clip_grad=0.5"]
     before, after = ([], GROUPED) if target == "grouped" else (GROUPED, [])
-    expected = workers(2).run(saved, str(tmp_path), [*overrides, *before], 2, 3)
+    expected = workers(size).run(saved, str(tmp_path), [*overrides, *before], 2, 3)
     assert all(norm > 0.5 for found in expected for _, _, norm, _ in found)
-    assert workers(2).run(continued, str(tmp_path), [*overrides, *after], 2, 3) == expected
+    assert workers(size).run(continued, str(tmp_path), [*overrides, *after], 2, 3) == expected
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "ep2", "pp2_vpp2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
 BF16 = ["plugins.fp32=null", "plugins.bf16={}"]
@@ -11,7 +12,7 @@ ONE_UNDECAYED = {"grouped": "*experts.weight2", "sequential": "*experts.local_ex
 
 
 def order(overrides):
-    """Of each optimizer: (module, expert, matrix) of each gradient that is summed, in turn."""
+    """Of each optimizer: (module, expert, matrix, elements) of each gradient that is summed, in turn."""
     from runs import assembled
 
     from dsplugins.optimizer_groups import placements
@@ -26,22 +27,32 @@ def order(overrides):
                     codes[len(codes) + 1] = name
                     piece.fill_(len(codes))
             grads = stacked.apart([parameter.grad for parameter in part.get_parameters()])
-            found.append([codes[int(grad.flatten()[0])] for grad in grads])
+            found.append([(*codes[int(grad.flatten()[0])], grad.numel()) for grad in grads])
             assert all((grad == grad.flatten()[0]).all() for grad in grads)
         return found
 
 
 def pieces(place):
-    """(part of a gradient, its name): an expert's matrix each."""
+    """(part of a gradient, its name): an expert's matrix each, or what of it this rank optimizes."""
     module, _, name = place.name.rpartition(".")
     if name in ("weight1", "weight2"):
-        shares = place.main.grad.view(len(place.parameter), -1)
-        return [(share, (module, expert, name[-1])) for expert, share in enumerate(shares)]
+        whole = place.parameter.new_full(place.parameter.shape, -1.0)
+        whole.copy_(torch.arange(len(whole)).view(-1, 1, 1).expand_as(whole))
+        here = whole.view(-1)[place.start : place.stop]
+        flat = place.main.grad.view(-1)
+        experts = [int(expert) for expert in here.unique()]
+        return [(flat[span(here == expert)], (module, expert, name[-1])) for expert in experts]
     if ".local_experts." in place.name:
         before, _, after = place.name.partition(".local_experts.")
         expert, linear, _ = after.split(".")
         return [(place.main.grad, (before, int(expert), linear[-1]))]
     return [(place.main.grad, (place.name, 0, ""))]
+
+
+def span(there):
+    """The slice of consecutive true elements."""
+    first = int(there.int().argmax())
+    return slice(first, first + int(there.sum()))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +62,7 @@ def pieces(place):
 )
 def test_in_the_order_of_experts_held_apart(workers, overrides):
     apart = workers(1).run(order, overrides)[0]
-    assert sum(len({name for name, _, which in part if which}) for part in apart) == 4
+    assert sum(len({name for name, _, which, _ in part if which}) for part in apart) == 4
     assert workers(1).run(order, [*overrides, *GROUPED])[0] == apart
 
 
@@ -64,15 +75,10 @@ def test_where_another_rule_parts_the_matrices(workers):
     assert workers(1).run(order, [decayed[0], *GROUPED])[0] == apart
 
 
-def counted(overrides):
-    from runs import assembled
-
-    with assembled(overrides) as run:
-        return [len(stacked.mains) for stacked in run.optimizer._stacked]
-
-
-def test_what_zero_cuts_stays_as_it_is(workers):
-    """Two data-parallel ranks share the experts' weights: nothing is gained by taking some of them apart."""
-    assert sum(workers(1).run(counted, GROUPED)[0]) == 8
-    assert sum(workers(2).run(counted, GROUPED)[0]) == 0
-    assert sum(workers(2).run(counted, [*GROUPED, "parallel.expert=2"])[0]) == 8
+@pytest.mark.parametrize("overrides", [[], BF16], ids=["fp32", "bf16"])
+def test_where_zero_cuts_them(workers, overrides):
+    """Each of two data-parallel ranks has the same elements in the same order; one has a part of a matrix."""
+    apart = workers(2).run(order, overrides)
+    assert workers(2).run(order, [*overrides, *GROUPED]) == apart
+    assert len({size for rank in apart for part in rank for *_, which, size in part if which}) > 2
+    assert apart[0] != apart[1]

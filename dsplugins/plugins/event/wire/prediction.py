@@ -108,26 +108,13 @@ def _weights(rank: Rank) -> Iterator[Payload]:
 
 def _buffers(rank: Rank) -> Iterator[tuple[bool, int, int, int]]:
     """(of experts, bytes a weight, bytes a gradient, elements with padding) of each of DDP's buffers."""
-    from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from dsplugins import gradient_buffers
 
     ddp, layout = rank.settings.ddp, rank.layout
     for index, chunk in enumerate(rank.chunks):
-        trained = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
-        if not ddp.use_distributed_optimizer:
-            for key, (members, _) in group_params_for_buffers(trained, ddp.grad_reduce_in_fp32).items():
-                elements = sum(parameter.numel() for parameter in members)
-                yield key.is_expert_parallel, key.param_dtype.itemsize, key.grad_dtype.itemsize, elements
-            continue
         whole = index > 0 or rank.stage > 0  # core cuts only the first chunk of the first stage into buckets
-        layouts = DistributedOptimizer.compute_full_param_layout(
-            trained,
-            None if whole else ddp.bucket_size,
-            layout.data * layout.context,
-            ddp,
-            expert_data_parallel_world_size=layout.expert_data,
-        ).layouts
-        for key, cut in layouts.items():
+        shares = layout.data * layout.context, layout.expert_data
+        for key, cut in gradient_buffers.layout(chunk, ddp, *shares, whole=whole).layouts.items():
             elements = max(end for _, end in cut.bucket_indices)
             yield key.is_expert_parallel, key.param_dtype.itemsize, key.grad_dtype.itemsize, elements
 

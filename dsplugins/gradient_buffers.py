@@ -1,0 +1,144 @@
+"""Where weights lie in megatron-core's flat buffers: the experts of a layer together, however they are held.
+
+Data-parallel ranks sum gradients, and with ZeRO share the optimizer's work, by position in these buffers
+(distributed/param_and_grad_buffer.py). Core fills them parameter by parameter, so experts that are held apart
+(fc1 and fc2 of one expert, then of the next) would lie otherwise than stacked ones (fc1 of all, then fc2 of
+all): other sums, other shares, another last digit. Here the former lie as the latter do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import (
+    _compute_default_per_buffer_param_layout,
+    group_params_for_buffers,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParamLayout
+
+APART = re.compile(r"(?P<module>.+)\.local_experts\.(?P<expert>\d+)\.(?P<matrix>.+)")
+"""How core names what belongs to one expert (transformer/moe/experts.py, SequentialMLP)."""
+
+ALIGNED = 64
+"""Elements: core starts each parameter at a multiple of it (optimizer/param_layout.py)."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A parameter and its place: neighbours of one `module` lie matrix by matrix, expert by expert."""
+
+    parameter: torch.nn.Parameter
+    module: str = ""
+    matrix: str = ""
+    expert: int = 0
+
+
+def layout(
+    chunk: torch.nn.Module, ddp: DistributedDataParallelConfig, ranks: int, expert_ranks: int, *, whole: bool
+) -> FullParamLayout:
+    """What core's DDP takes as `full_param_layout`.
+
+    `ranks` and `expert_ranks` share the gradients of dense weights and of experts. `whole`: nothing is cut
+    into buckets, as core has it for all but the first chunk of the first stage. A layer's experts are in one
+    bucket.
+    """
+    members = [
+        _member(name, parameter) for name, parameter in chunk.named_parameters() if parameter.requires_grad
+    ]
+    blocks = [list(block) for _, block in groupby(members, lambda member: member.module or id(member))]
+    blocks = [part for block in blocks for part in ([block] if _fits(block) else [[one] for one in block])]
+    stands_for = {_stand_in(block): block for block in blocks}
+    size = None if whole or not ddp.overlap_grad_reduce else ddp.bucket_size or _bucket_size(ranks)
+    found = _of(list(stands_for), ddp, size, ranks, expert_ranks)
+    order = group_params_for_buffers([member.parameter for member in members], ddp.grad_reduce_in_fp32)
+    for key, cut in found.layouts.items():
+        places = {
+            parameter: (start, start + parameter.numel(), bucket)
+            for stand_in, (begin, _, bucket) in cut.param_index_map.items()
+            for parameter, start in _positions(stands_for[stand_in], begin)
+        }
+        mine, cut.param_indices = order[key]
+        cut.param_index_map = {parameter: places[parameter] for parameter in reversed(mine)}
+    return found
+
+
+def _member(name: str, parameter: torch.nn.Parameter) -> _Member:
+    if apart := APART.fullmatch(name):
+        return _Member(parameter, apart["module"], apart["matrix"], int(apart["expert"]))
+    if getattr(parameter, "stacked", False):
+        module, _, matrix = name.rpartition(".")
+        return _Member(parameter, module, matrix)
+    return _Member(parameter)
+
+
+def _fits(block: Sequence[_Member]) -> bool:
+    """Whether the block is of one kind and leaves no holes, so that it is a stack of equal matrices."""
+    first = block[0].parameter
+    kinds = {(each.parameter.dtype, getattr(each.parameter, "allreduce", True)) for each in block}
+    sizes = {(each.matrix, each.parameter.numel()) for each in block}
+    rows = [each.parameter.numel() // (len(each.parameter) if _stacked(each) else 1) for each in block]
+    return (
+        len(block) > 1
+        and type(first) is torch.nn.Parameter
+        and len(kinds) == 1
+        and len(sizes) == len({matrix for matrix, _ in sizes})
+        and not any(row % ALIGNED for row in rows)
+    )
+
+
+def _stacked(member: _Member) -> bool:
+    return bool(getattr(member.parameter, "stacked", False))
+
+
+def _stand_in(block: Sequence[_Member]) -> torch.nn.Parameter:
+    """One parameter of the block's size, of which core asks no more than this."""
+    if len(block) == 1:
+        return block[0].parameter
+    first = block[0].parameter
+    elements = sum(member.parameter.numel() for member in block)
+    found = torch.nn.Parameter(torch.empty(elements, dtype=first.dtype, device="meta"))
+    found.allreduce = getattr(first, "allreduce", True)  # type: ignore[attr-defined]
+    return found
+
+
+def _positions(block: Sequence[_Member], start: int) -> Iterable[tuple[torch.nn.Parameter, int]]:
+    """Matrices last to first, as core goes through parameters, and the experts of each first to last."""
+    matrices = list(dict.fromkeys(member.matrix for member in block))
+    for matrix in reversed(matrices):
+        for member in sorted((one for one in block if one.matrix == matrix), key=lambda one: one.expert):
+            yield member.parameter, start
+            start += member.parameter.numel()
+
+
+def _bucket_size(ranks: int) -> int:
+    """Core's own where a recipe says nothing (distributed/distributed_data_parallel.py), in elements."""
+    return max(40_000_000, 1_000_000 * ranks)
+
+
+def _of(
+    parameters: list[torch.nn.Parameter],
+    ddp: DistributedDataParallelConfig,
+    bucket_size: int | None,
+    ranks: int,
+    expert_ranks: int,
+) -> FullParamLayout:
+    """Core's own layout of these: padded for ZeRO's shares, or without holes."""
+    if ddp.use_distributed_optimizer:
+        return DistributedOptimizer.compute_full_param_layout(
+            parameters, bucket_size, ranks, ddp, expert_data_parallel_world_size=expert_ranks
+        )
+    groups = group_params_for_buffers(parameters, ddp.grad_reduce_in_fp32)
+    layouts: dict[object, PerBufferParamLayout] = {
+        key: _compute_default_per_buffer_param_layout(members, bucket_size)
+        for key, (members, _) in groups.items()
+    }
+    return FullParamLayout(layouts=layouts)
+
+
+__all__ = ["layout"]
