@@ -13,26 +13,28 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import grouped_mm
 
+from dsplugins.plugins.experts.cpu_products import FewShapes
+
 if TYPE_CHECKING:
     from dsplugins.contracts import GroupedProducts
 
 
 class TorchProducts:
-    """The products in the format of their operands, through torch's grouped one."""
+    """The products in the format of their operands, through torch's grouped one or `cpu_products`."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def up(self, tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
         """See `contracts.GroupedProducts`."""
-        return grouped_mm(tokens, weight.transpose(1, 2), offs=_ends(splits, tokens))
+        return _product(tokens, weight, splits)
 
     def down(
         self, inner: torch.Tensor, probs: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor
     ) -> torch.Tensor:
         """See `contracts.GroupedProducts`."""
         active = self._activated(inner, probs.unsqueeze(-1))
-        return grouped_mm(active, weight.transpose(1, 2), offs=_ends(splits, inner))
+        return _product(active, weight, splits)
 
     def _activated(self, inner: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """SwiGLU times probs: [T, 2I], [T, 1] -> [T, I]; `bias_activation_fusion` takes core's fused one."""
@@ -43,8 +45,13 @@ class TorchProducts:
         return (self.config.activation_func(gate) * up * scale).to(inner.dtype)
 
 
-def _ends(splits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return splits.to(device=tokens.device).cumsum(0).to(torch.int32)
+def _product(tokens: torch.Tensor, weight: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
+    """[T, K], [E, N, K] -> [T, N]."""
+    if tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16:
+        found: torch.Tensor = FewShapes.apply(tokens, weight, splits.tolist())
+        return found
+    ends = splits.to(device=tokens.device).cumsum(0).to(torch.int32)
+    return grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
 
 
 class GroupedExperts(MegatronModule):
