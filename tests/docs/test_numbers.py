@@ -49,15 +49,11 @@ def test_the_recorded_quick_start_is_fast_and_learns():
 
 
 def test_recorded_speeds_are_those_that_are_claimed():
-    """Beside a loop by hand at most a hundredth slower; beside Hugging Face not slower at the large size. The
-    small size misses that, and the page says by how much."""
+    """Beside a loop by hand at most a hundredth slower; beside Hugging Face not slower."""
     ratios = {name: record["results"].get("ratio_of_medians") for name, record in RECORDS.items()}
     assert ratios["bench_loop"] <= 1.01
     assert ratios["bench_huggingface_large"] <= 1.0
-    small = ratios["bench_huggingface_small"]
-    page = " ".join((DOCS / "records" / "README.md").read_text().split())
-    missed = f"at the small one it is {small - 1:.0%} slower, which misses the aim"
-    assert (missed in page) == (small > 1.0)
+    assert ratios["bench_huggingface_small"] <= 1.0
 
 
 def numbers(value):
