@@ -109,11 +109,14 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
 def _outcome(run: RunDirectory, outcome: Outcome) -> dict[str, Any]:
     """What `status.json` holds at the end, with what the ranks did not say themselves."""
     from dsplugins.cli import exits
+    from dsplugins.rundir import STOPPED
 
     code = outcome.code if outcome.code in exits.CODES else 1
-    status = run.status() or {"code": None}
+    status, reason = run.status() or {"code": None}, outcome.reason
+    if outcome.early:  # whoever starts it again after a 75 is to do so: nothing is lost
+        code, reason = STOPPED, f"{reason} before the ranks were ready: give the same command again"
     if outcome.unsaid or status["code"] != code:  # the ranks did not say so, or not all of it
-        reason = outcome.reason if code else "all ranks left before the run was complete"
+        reason = reason if code else "all ranks left before the run was complete"
         status = run.end(code or 1, reason, overrule=True)
     return status
 
