@@ -38,14 +38,15 @@ class NoOffer(LookupError):
 
 def offers() -> list[Offer]:
     """Every plugin that is installed, sorted by slot and name. Imports none of them."""
-    found = []
+    found: list[Offer] = []
+    known: dict[metadata.Distribution, tuple[str, str]] = {}
     installed = metadata.entry_points()  # reads every distribution's metadata: once, not once a slot
     for slot in (*SLOTS, "event"):
         for entry in installed.select(group=GROUP + slot):
             dist = entry.dist
-            found.append(
-                Offer(entry.name, slot, dist.name if dist else "?", dist.version if dist else "?", entry)
-            )
+            if dist and dist not in known:
+                known[dist] = dist.name, dist.version  # each reads and parses a file
+            found.append(Offer(entry.name, slot, *(known[dist] if dist else ("?", "?")), entry))
     return sorted(found, key=lambda offer: (offer.slot == "event", offer.slot, offer.name))
 
 

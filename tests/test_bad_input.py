@@ -248,7 +248,7 @@ def test_two_writers_are_both_named_with_everything_else(tmp_path):
             "name the schedule",
         ),
         (
-            ["train.global_batch=3", "evaluate.sequences=0"],
+            ["train.micro_batch=1", "train.global_batch=3", "evaluate.sequences=0"],
             "interleaved refuses train.global_batch: 3 micro",
             "change the batch",
         ),

@@ -79,7 +79,9 @@ def ramp(world, *more):
     from dsplugins.step import Progress
 
     ramped = "train.global_batch=[{until: 10 steps, from: 16, to: 64}, {value: 64}]"
-    loaded = Recipe.load(TINY, [ramped, "evaluate.sequences=0", f"run.world_size={world}", *more])
+    loaded = Recipe.load(
+        TINY, [ramped, "train.micro_batch=1", "evaluate.sequences=0", f"run.world_size={world}", *more]
+    )
     _, plan = prepare(loaded)
     unit = plan.train.micro_batch * plan.layout.data
     multiple = plan.train.multiple(unit)

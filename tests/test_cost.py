@@ -79,7 +79,7 @@ def test_a_day_of_serving():
 )
 def test_tokens_of_a_run_are_those_of_its_steps(overrides):
     """As the loop takes them, one after the other."""
-    plan = planned(Path(__file__).parent / "tiny.yaml", *overrides)
+    plan = planned(Path(__file__).parent / "tiny.yaml", "train.micro_batch=1", *overrides)
     steps = tokens = 0
     while not plan.train.over(steps, tokens):
         tokens += plan.train.global_batch.at_multiple(steps, tokens, plan.train.multiple(1)) * 32

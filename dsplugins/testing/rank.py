@@ -54,6 +54,8 @@ def describe(job: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 def serve(rank: int, size: int, port: int, pipe: connection.Connection, timeout: float) -> None:
     """A worker's life: join the group, answer jobs until the pipe closes."""
+    from dsplugins.testing.world import free
+
     pipe.send_bytes(_answer(partial(_join, rank, size, port, timeout)))
     while True:
         try:
@@ -63,6 +65,7 @@ def serve(rank: int, size: int, port: int, pipe: connection.Connection, timeout:
         except (EOFError, ConnectionError):
             return
         pipe.send_bytes(_answer(partial(_perform, message)))
+        free()
 
 
 def _join(rank: int, size: int, port: int, timeout: float) -> None:

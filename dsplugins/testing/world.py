@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
+from itertools import compress
+from operator import not_
+from threading import Thread
 from types import FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +65,8 @@ def model_parallel(
 def temporary_groups() -> Iterator[None]:
     """On leaving, destroy megatron-core's groups and every process group made inside.
 
-    What core keeps for the whole process, in the shape of the last run, is forgotten too.
+    What core keeps for the whole process, in the shape of the last run, is forgotten too. Models and groups
+    that a caller still holds are freed by the next.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -71,20 +76,40 @@ def temporary_groups() -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        _let_go()
-        for group in set(dist.distributed_c10d._world.pg_map) - before:
-            dist.destroy_process_group(group)
+        _destroy_all_but(before)
         _forget()
+        free()
 
 
-def _let_go() -> None:
-    """Free models that are no longer used, with their process groups, which have three threads each.
+_DESTROYED: list[list[object]] = []
+"""Groups that are no longer used, each in a list of its own until nobody else holds it."""
+
+
+def _destroy_all_but(some: set[Any]) -> None:
+    import torch.distributed as dist
+
+    for group in set(dist.distributed_c10d._world.pg_map) - some:
+        dist.destroy_process_group(group)
+        _DESTROYED.append([group])
+
+
+def free() -> None:
+    """Free models that nobody holds, and destroyed process groups, which have three threads each.
+
+    Those look every 10 ms whether they are to end, so groups are let go together, each by a thread.
 
     Two circles lead through C++, unseen by the garbage collector: a hook of core's DDP on each gradient's
     autograd node holds the model, and modules and dispatchers keep tensors whose graph holds such nodes.
     """
     _cut_circles()  # a call of its own: no name in here may hold the last object while garbage is collected
     gc.collect()
+    held = [sys.getrefcount(kept[0]) > 2 for kept in _DESTROYED]  # by that list and by the call
+    ends = [Thread(target=kept.clear) for kept in compress(_DESTROYED, map(not_, held))]
+    _DESTROYED[:] = compress(_DESTROYED, held)
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join()
 
 
 def _cut_circles() -> None:

@@ -17,7 +17,7 @@ RUNS = (
     ["plugins.fp32=null", "plugins.bf16={}", "plugins.v3_recompute={}", "plugins.sequential=null",
      "plugins.grouped={}", "plugins.alltoall=null", "plugins.allgather={}"],
 )  # fmt: skip
-ONE_STEP = ["train.steps=1", "evaluate.sequences=1"]
+ONE_STEP = ["train.steps=1", "evaluate.sequences=2"]
 TURNED_INTO_OTHERS = {
     "disable_bf16_reduced_precision_matmul": "a switch of torch's",
     "embedding_init_method_std": "refused by its value",

@@ -173,7 +173,11 @@ FAULTS = {
         "megatron-core refuses: pipeline_model_parallel_layout must be divisible",
     ),
     "interleaved": (
-        [*INTERLEAVED, "train.global_batch=[{until: 3 steps, from: 1, to: 7}, {value: 7}]"],
+        [
+            *INTERLEAVED,
+            "train.micro_batch=1",
+            "train.global_batch=[{until: 3 steps, from: 1, to: 7}, {value: 7}]",
+        ],
         "train.global_batch",
         "7 micro-batch counts a step, 1-7, of which interleaved refuses 4: 1, 3, 5, 7",
     ),

@@ -210,9 +210,9 @@ def test_data_of_ones_own_is_no_stand_in(run):
 
 
 def test_many_nodes_have_one_line(run):
-    few = run("run.world_size=8", "--on", "torchrun", "--nodes", "8").stdout
+    few = run("run.world_size=8", "train.micro_batch=1", "--on", "torchrun", "--nodes", "8").stdout
     assert few.count("torch.distributed.run") == 8 and "NODE_RANK" not in few
-    sizes = ["run.world_size=9", "train.global_batch=9", "evaluate.sequences=9"]
+    sizes = ["run.world_size=9", "train.micro_batch=1", "train.global_batch=9", "evaluate.sequences=9"]
     many = run(*sizes, "--on", "torchrun", "--nodes", "9").stdout
     assert many.count("torch.distributed.run") == 1 and many.endswith(" evaluate.sequences=9\n")
     assert '--node-rank="${NODE_RANK:?number of this node}" ' in many and "0 to 8." in many

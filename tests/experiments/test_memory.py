@@ -27,7 +27,7 @@ def both(workers, first, second):
 
 
 def test_two_sequences_hold_twice_as_much_as_one(workers):
-    (one, _), (two, _) = both(workers, [], ["train.micro_batch=2", "train.global_batch=8"])
+    (one, _), (two, _) = both(workers, ["train.micro_batch=1"], ["train.micro_batch=2"])
     assert two == pytest.approx(2 * one, rel=0.03)
 
 

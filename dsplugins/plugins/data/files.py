@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,6 +49,12 @@ class Split:
 def standard_library() -> Path:
     """Folder of this interpreter's standard library."""
     return Path(sysconfig.get_path("stdlib"))
+
+
+@functools.cache
+def library_documents(*, tests: bool, max_bytes: int | None) -> tuple[Document, ...]:
+    """Those of the standard library, which doesn't change while this interpreter runs."""
+    return read_documents(standard_library(), tests=tests, max_bytes=max_bytes)
 
 
 def read_documents(root: Path, *, tests: bool, max_bytes: int | None) -> tuple[Document, ...]:

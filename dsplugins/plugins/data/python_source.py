@@ -115,11 +115,14 @@ class PythonSource:
     @functools.cached_property
     def _split(self) -> Split:
         """Read once in a process: checks and the run look at the same."""
-        from dsplugins.plugins.data.files import read_documents, split_documents, standard_library
+        from dsplugins.plugins.data.files import library_documents, read_documents, split_documents
 
         options = self._options
-        root = standard_library() if options.directory is None else Path(options.directory).expanduser()
-        documents = read_documents(root, tests=options.tests, max_bytes=options.max_bytes)
+        if options.directory is None:
+            documents = library_documents(tests=options.tests, max_bytes=options.max_bytes)
+        else:
+            root = Path(options.directory).expanduser()
+            documents = read_documents(root, tests=options.tests, max_bytes=options.max_bytes)
         return split_documents(documents, options.validation)
 
 

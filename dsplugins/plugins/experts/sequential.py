@@ -20,7 +20,9 @@ class Sequential:
 
     @hookimpl
     def ds_experts(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> ExpertsFactory:
-        """SequentialMLP of the backend's linears; of experts that the number format brings where it does."""
+        """SequentialMLP of the backend's linears; of experts that the number format brings where it does, and
+        of core's in few shapes where oneDNN would compile a kernel for each.
+        """
         from megatron.core.transformer.mlp import MLPSubmodules
         from megatron.core.transformer.moe.experts import SequentialMLP
 
@@ -29,9 +31,10 @@ class Sequential:
             linear_fc2=backend.row_parallel_linear(),
             activation_func=backend.activation_func(),
         )
-        brought = getattr(backend, "expert_mlp", None)
-        if brought is None:
-            return partial(SequentialMLP, submodules=submodules)
-        from dsplugins.plugins.experts.sequential_experts import SequentialExperts
+        from dsplugins.plugins.experts.sequential_experts import FewShapesMLP, SequentialExperts
 
-        return partial(SequentialExperts, submodules=submodules, mlp=brought())
+        if brought := getattr(backend, "expert_mlp", None):
+            return partial(SequentialExperts, submodules=submodules, mlp=brought())
+        if config.bf16 and config.use_cpu_initialization:
+            return partial(SequentialExperts, submodules=submodules, mlp=FewShapesMLP)
+        return partial(SequentialMLP, submodules=submodules)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from torch.nn.functional import pad
+
+from dsplugins.plugins.experts.cpu_products import rounded
 
 
 class SequentialExperts(SequentialMLP):
@@ -32,3 +36,18 @@ class SequentialExperts(SequentialMLP):
                 name=f"{name}.local_experts.{index}" if name is not None else None,
             )
             self.local_experts.append(expert)
+
+
+class FewShapesMLP(MLP):
+    """An expert of BF16 on a CPU: core's, with rows of zeros up to one of few sizes (see `cpu_products`)."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens [T, H], scales [T] -> [T, H]."""
+        rows = hidden_states.shape[0]
+        more = rounded(rows) - rows
+        if per_token_scale is not None:
+            per_token_scale = pad(per_token_scale, (0, more))
+        output, bias = super().forward(pad(hidden_states, (0, 0, 0, more)), per_token_scale, **others)
+        return output[:rows], bias

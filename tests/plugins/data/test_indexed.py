@@ -421,7 +421,7 @@ def test_two_ranks_train_on_it(web, code, tmp_path):
         "    split: [3, 1]\n"
         "model: {vocab_size: 512, num_layers: 2}\n"
         "data: {seq_length: 16}\n"
-        "train: {steps: 2}\n"
+        "train: {steps: 2, micro_batch: 1}\n"
         "evaluate: {sequences: 2}\n"
         "save: {at_end: false}\n"
         "run: {world_size: 2}\n"

@@ -14,7 +14,10 @@ from dsplugins.contracts import Layout
 from dsplugins.plugins.schedule.ep_overlap import EpOverlap
 from dsplugins.plugins.schedule.interleaved import InterleavedOptions
 
-BF16 = ["plugins.fp32=null", "plugins.bf16={}", "train.steps=2", "parallel.expert=2"]
+BF16 = [
+    *("plugins.fp32=null", "plugins.bf16={}"),
+    *("train.steps=2", "train.micro_batch=1", "parallel.expert=2"),
+]
 OVERLAP = ["plugins.one_f_one_b=null", "plugins.ep_overlap={}"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 FIELD = "overlap_moe_expert_parallel_comm"

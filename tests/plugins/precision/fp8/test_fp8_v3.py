@@ -127,14 +127,14 @@ def casting(overrides):
 
 @pytest.mark.parametrize("experts", [[], GROUPED])
 def test_weights_cast_once_a_step_give_the_same_numbers(workers, experts):
-    """Eight micro-batches a step, two steps, an evaluation."""
+    """Four micro-batches a step, two steps, an evaluation."""
     changes = [*FP8, *experts, "train.steps=2"]
     rows, often = workers(1).run(casting, changes)[0]
     again, once = workers(1).run(casting, [*changes, "plugins.fp8_v3.keep_weights=true"])[0]
     for row, one in zip(again, rows, strict=True):
         assert all(row[key] == one[key] for key in ("loss", "mtp_loss", "grad_norm"))
-    # Both directions in each of 8 micro-batches and 2 steps, one in each of 8 of the evaluation.
-    weights, rest = divmod(often, 2 * 8 * 2 + 8)
+    # Both directions in each of 4 micro-batches and 2 steps, one in each of 4 of the evaluation.
+    weights, rest = divmod(often, 2 * 4 * 2 + 4)
     assert rest == 0 and once == weights * (2 * 2 + 1)
 
 
