@@ -29,6 +29,10 @@ ALIGNED = 64
 """Elements: core starts each parameter at a multiple of it (optimizer/param_layout.py)."""
 
 
+MARKS = ("allreduce", "is_managed_by_layer_wise_optimizer")
+"""Attributes of a parameter that choose its buffer (`group_params_for_buffers`)."""
+
+
 @dataclass(frozen=True)
 class _Member:
     """A parameter and its place: neighbours of one `module` lie matrix by matrix, expert by expert."""
@@ -39,24 +43,42 @@ class _Member:
     expert: int = 0
 
 
+def bucket_size(
+    ddp: DistributedDataParallelConfig, ranks: int, *, first_chunk: bool, first_stage: bool
+) -> int | None:
+    """Elements after which core closes a bucket; None where it makes one of all.
+
+    Its own rule (distributed/distributed_data_parallel.py): buckets are for what is summed while a backward
+    pass runs, and only the first chunk of the first stage has others waiting for it.
+    """
+    if not ddp.overlap_grad_reduce or not first_chunk or not first_stage:
+        return None
+    return max(40_000_000, 1_000_000 * ranks) if ddp.bucket_size is None else int(ddp.bucket_size)
+
+
 def layout(
-    chunk: torch.nn.Module, ddp: DistributedDataParallelConfig, ranks: int, expert_ranks: int, *, whole: bool
+    chunk: torch.nn.Module,
+    ddp: DistributedDataParallelConfig,
+    bucket: int | None,
+    ranks: int,
+    expert_ranks: int,
 ) -> FullParamLayout:
     """What core's DDP takes as `full_param_layout`.
 
-    `ranks` and `expert_ranks` share the gradients of dense weights and of experts. `whole`: nothing is cut
-    into buckets, as core has it for all but the first chunk of the first stage. A layer's experts are in one
-    bucket.
+    `ranks` and `expert_ranks` share the gradients of dense weights and of experts; `bucket` is what
+    `bucket_size` says. A layer's experts are in one bucket, however many elements they have.
     """
     members = [
         _member(name, parameter) for name, parameter in chunk.named_parameters() if parameter.requires_grad
     ]
     blocks = [list(block) for _, block in groupby(members, lambda member: member.module or id(member))]
-    blocks = [part for block in blocks for part in ([block] if _fits(block) else [[one] for one in block])]
+    fp32 = ddp.grad_reduce_in_fp32
+    blocks = [
+        part for block in blocks for part in ([block] if _fits(block, fp32) else [[one] for one in block])
+    ]
     stands_for = {_stand_in(block): block for block in blocks}
-    size = None if whole or not ddp.overlap_grad_reduce else ddp.bucket_size or _bucket_size(ranks)
-    found = _of(list(stands_for), ddp, size, ranks, expert_ranks)
-    order = group_params_for_buffers([member.parameter for member in members], ddp.grad_reduce_in_fp32)
+    found = _of(list(stands_for), ddp, bucket, ranks, expert_ranks)
+    order = group_params_for_buffers([member.parameter for member in members], fp32)
     for key, cut in found.layouts.items():
         places = {
             parameter: (start, start + parameter.numel(), bucket)
@@ -77,16 +99,15 @@ def _member(name: str, parameter: torch.nn.Parameter) -> _Member:
     return _Member(parameter)
 
 
-def _fits(block: Sequence[_Member]) -> bool:
-    """Whether the block is of one kind and leaves no holes, so that it is a stack of equal matrices."""
-    first = block[0].parameter
-    kinds = {(each.parameter.dtype, getattr(each.parameter, "allreduce", True)) for each in block}
+def _fits(block: Sequence[_Member], fp32: bool) -> bool:
+    """Whether the block is of one buffer and leaves no holes, so that it is a stack of equal matrices."""
+    parameters = [each.parameter for each in block]
     sizes = {(each.matrix, each.parameter.numel()) for each in block}
     rows = [each.parameter.numel() // (len(each.parameter) if _stacked(each) else 1) for each in block]
     return (
         len(block) > 1
-        and type(first) is torch.nn.Parameter
-        and len(kinds) == 1
+        and all(type(parameter) is torch.nn.Parameter for parameter in parameters)
+        and len(group_params_for_buffers(parameters, fp32)) == 1
         and len(sizes) == len({matrix for matrix, _ in sizes})
         and not any(row % ALIGNED for row in rows)
     )
@@ -103,7 +124,9 @@ def _stand_in(block: Sequence[_Member]) -> torch.nn.Parameter:
     first = block[0].parameter
     elements = sum(member.parameter.numel() for member in block)
     found = torch.nn.Parameter(torch.empty(elements, dtype=first.dtype, device="meta"))
-    found.allreduce = getattr(first, "allreduce", True)  # type: ignore[attr-defined]
+    for mark in MARKS:
+        if hasattr(first, mark):
+            setattr(found, mark, getattr(first, mark))
     return found
 
 
@@ -114,11 +137,6 @@ def _positions(block: Sequence[_Member], start: int) -> Iterable[tuple[torch.nn.
         for member in sorted((one for one in block if one.matrix == matrix), key=lambda one: one.expert):
             yield member.parameter, start
             start += member.parameter.numel()
-
-
-def _bucket_size(ranks: int) -> int:
-    """Core's own where a recipe says nothing (distributed/distributed_data_parallel.py), in elements."""
-    return max(40_000_000, 1_000_000 * ranks)
 
 
 def _of(
@@ -141,4 +159,4 @@ def _of(
     return FullParamLayout(layouts=layouts)
 
 
-__all__ = ["layout"]
+__all__ = ["bucket_size", "layout"]

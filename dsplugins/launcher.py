@@ -51,8 +51,8 @@ class Outcome:
     """What is seen from outside: `rank 1 was killed by SIGKILL (out of memory?)`, `stopped by SIGTERM`."""
     unsaid: bool
     """Whether the ranks can't have said so themselves: one was killed, or all were asked to end."""
-    early: bool = False
-    """Whether a signal that was handed on ended ranks that didn't listen yet: nothing was under way."""
+    asked: bool = False
+    """Whether the ranks were asked to end, and ended otherwise than by themselves."""
 
 
 def run_local(world_size: int, arguments: Sequence[str], command: Sequence[str] | None = None) -> Outcome:
@@ -76,9 +76,8 @@ def run_local(world_size: int, arguments: Sequence[str], command: Sequence[str] 
         ranks.start()
         ends = _watch(ranks)
     except SignalException as asked:  # raised before our handlers stood: there was no rank yet
-        return Outcome(
-            128 + asked.sigval, f"stopped by {_signal_name(asked.sigval)}", unsaid=True, early=True
-        )
+        said = f"stopped by {_signal_name(asked.sigval)}"
+        return Outcome(128 + asked.sigval, said, unsaid=True, asked=True)
     finally:
         ranks.close(signal.SIGKILL)
     return _outcome(ends, ranks.handed_on)
@@ -198,9 +197,7 @@ def _outcome(ends: Sequence[End], handed_on: Sequence[int]) -> Outcome:
     cause = min((end for end in ends if end.code), key=_weight, default=End(0, 0, False))
     code = cause.code if cause.code >= 0 else 128 - cause.code
     if handed_on and code not in (0, STOPPED, *KNOWN_CAUSES):
-        heard = (0, STOPPED, *(-number for number in handed_on))
-        early = all(end.code in heard and not end.pressed for end in ends)
-        return Outcome(code, f"stopped by {_signal_name(handed_on[0])}", unsaid=True, early=early)
+        return Outcome(code, f"stopped by {_signal_name(handed_on[0])}", unsaid=True, asked=True)
     return Outcome(code, _reason(cause), unsaid=cause.code < 0)
 
 

@@ -284,19 +284,22 @@ def wrap(chunks: list[torch.nn.Module], settings: Settings) -> list[torch.nn.Mod
 
 def data_parallel(chunk: torch.nn.Module, settings: Settings, first: bool = True) -> torch.nn.Module:
     """Core's wrapper of a rank's `first` chunk or another, with experts in its buffers in one order."""
-    cuts = first and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    shares = (
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True, partial_data_parallel=True),
+        parallel_state.get_expert_data_parallel_world_size(partial_expert_data_parallel=True),
+    )
+    bucket = gradient_buffers.bucket_size(
+        settings.ddp,
+        parallel_state.get_data_parallel_world_size(),
+        first_chunk=first,
+        first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+    )
     return DistributedDataParallel(
         config=settings.model,
         ddp_config=settings.ddp,
         module=chunk,
-        disable_bucketing=not cuts,
-        full_param_layout=gradient_buffers.layout(
-            chunk,
-            settings.ddp,
-            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-            parallel_state.get_expert_data_parallel_world_size(),
-            whole=not cuts,
-        ),
+        disable_bucketing=not first,
+        full_param_layout=gradient_buffers.layout(chunk, settings.ddp, bucket, *shares),
     )
 
 

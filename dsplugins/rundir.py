@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsplugins import kept, rank
-from dsplugins.contracts import EnvironmentUnfit
+from dsplugins.contracts import EnvironmentUnfit, RecipeError
 
 if TYPE_CHECKING:
     from dsplugins.manager import Plugins
@@ -72,6 +72,14 @@ class RunDirectory:
     def steps(self) -> int:
         """Steps that the run here took. Raises RecipeError where their log is damaged."""
         return len(kept.rows(self.path / "metrics.jsonl"))
+
+    def stepped_since(self, moment: float) -> bool:
+        """Whether a step was taken after that time, in seconds since 1970."""
+        try:
+            rows = kept.rows(self.path / "metrics.jsonl")
+        except RecipeError:
+            return True
+        return bool(rows) and rows[-1]["time"] > moment
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -57,7 +57,7 @@ def laid(kind, zero=True, bucket=None, own=False, ranks=2, **sizes):
             list(names), bucket, ranks, ddp, expert_data_parallel_world_size=ranks
         )
     else:
-        found = gradient_buffers.layout(Named(parameters), ddp, ranks, ranks, whole=False)
+        found = gradient_buffers.layout(Named(parameters), ddp, bucket, ranks, ranks)
     places = {
         names[parameter]: place
         for cut in found.layouts.values()
@@ -107,3 +107,26 @@ def test_a_layer_is_in_one_bucket(workers):
     """Its experts' gradients are there at about the same time, and core takes parameters in their order."""
     apart, _ = of_one(workers, "apart", bucket=200)
     assert len({bucket for name, (_, _, bucket) in apart if "experts" in name}) == 1
+
+
+def bucket_groups(overrides):
+    """How many groups of buckets this rank's wrapper has, and one that core makes by itself of the model."""
+    from megatron.core.distributed import DistributedDataParallel
+    from runs import assembled
+
+    from dsplugins.model import bare
+
+    with assembled(overrides) as run:
+        (ours,) = run.chunks
+        settings = run.settings
+        plain = DistributedDataParallel(
+            config=settings.model, ddp_config=settings.ddp, module=bare(ours), disable_bucketing=False
+        )
+        return [[len(x.bucket_groups), len(x.expert_parallel_bucket_groups)] for x in (ours, plain)]
+
+
+def test_buckets_of_a_later_stage_are_sent_one_by_one(workers):
+    """The last stage has MTP's copy of the embedding in a bucket of its own, which comes late."""
+    overrides = ["parallel.pipeline=2", "plugins.adamw.overlap_grad_reduce=true"]
+    *_, (ours, plain) = workers(4).run(bucket_groups, overrides)
+    assert ours == plain and ours[0] > 1

@@ -183,7 +183,7 @@ def test_a_launcher_that_is_told_to_stop(place):
     """While its ranks import: nothing is lost, and whoever starts runs again after a 75 is to do so."""
     code, said = place.train("plugins.faulty.stops=true")
     assert code == place.status["code"] == 75, said
-    expected = "stopped by SIGTERM before the ranks were ready: give the same command again"
+    expected = "stopped by SIGTERM before it took a step: give the same command again"
     assert place.status["reason"] == expected and said.count(expected) == 1
 
 

@@ -17,7 +17,7 @@ CODES = {
     2: "usage",
     3: "recipe invalid",
     4: "environment not fit",
-    75: "stopped early, with a checkpoint if a step was taken: run the same command again",
+    75: "stopped early, with a checkpoint if it took a step: run the same command again",
 }
 DEBUG = "DSPLUGINS_DEBUG"
 """Environment variable behind `--debug`: the ranks that a run starts inherit it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -98,7 +99,8 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
     start.ready(recipe, plan, plugins)
     with run.held():
         run.announce()
-        status = _outcome(run, start.started(plan, arguments))
+        began = time.time()
+        status = _outcome(run, start.started(plan, arguments), began)
     told = status["code"] in (3, 4) and status.get("rank") is not None  # by the first rank, in full
     if status["code"] and not told:
         line = shlex.join(["dsplugins", *arguments])
@@ -106,15 +108,18 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
     raise SystemExit(status["code"])
 
 
-def _outcome(run: RunDirectory, outcome: Outcome) -> dict[str, Any]:
+def _outcome(run: RunDirectory, outcome: Outcome, began: float) -> dict[str, Any]:
     """What `status.json` holds at the end, with what the ranks did not say themselves."""
     from dsplugins.cli import exits
     from dsplugins.rundir import STOPPED
 
-    code = outcome.code if outcome.code in exits.CODES else 1
-    status, reason = run.status() or {"code": None}, outcome.reason
-    if outcome.early:  # whoever starts it again after a 75 is to do so: nothing is lost
-        code, reason = STOPPED, f"{reason} before the ranks were ready: give the same command again"
+    code, reason = outcome.code if outcome.code in exits.CODES else 1, outcome.reason
+    status = run.status() or {"code": None}
+    if outcome.asked and status["code"] in (0, STOPPED):
+        return status  # they had said all, and were asked once more
+    if outcome.asked and status["code"] is None and not run.stepped_since(began):
+        # Nothing is lost, and whoever starts a run again after a 75 is to do so.
+        code, reason = STOPPED, f"{reason} before it took a step: give the same command again"
     if outcome.unsaid or status["code"] != code:  # the ranks did not say so, or not all of it
         reason = reason if code else "all ranks left before the run was complete"
         status = run.end(code or 1, reason, overrule=True)

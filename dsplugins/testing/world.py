@@ -78,6 +78,7 @@ def temporary_groups() -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         _destroy_all_but(before)
         _forget()
+        _cut_circles()
         free()
 
 
@@ -94,14 +95,12 @@ def _destroy_all_but(some: set[Any]) -> None:
 
 
 def free() -> None:
-    """Free models that nobody holds, and destroyed process groups, which have three threads each.
+    """Free what nobody holds of runs that have ended: models, and process groups with three threads each.
 
     Those look every 10 ms whether they are to end, so groups are let go together, each by a thread.
-
-    Two circles lead through C++, unseen by the garbage collector: a hook of core's DDP on each gradient's
-    autograd node holds the model, and modules and dispatchers keep tensors whose graph holds such nodes.
     """
-    _cut_circles()  # a call of its own: no name in here may hold the last object while garbage is collected
+    if not _DESTROYED:
+        return
     gc.collect()
     held = [sys.getrefcount(kept[0]) > 2 for kept in _DESTROYED]  # by that list and by the call
     ends = [Thread(target=kept.clear) for kept in compress(_DESTROYED, map(not_, held))]
@@ -113,6 +112,9 @@ def free() -> None:
 
 
 def _cut_circles() -> None:
+    """Two of them lead through C++, unseen by the garbage collector: a hook of core's DDP on each gradient's
+    autograd node holds the model, and modules and dispatchers keep tensors whose graph holds such nodes.
+    """
     import torch
     from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 

@@ -51,7 +51,7 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def library_documents(*, tests: bool, max_bytes: int | None) -> tuple[Document, ...]:
     """Those of the standard library, which doesn't change while this interpreter runs."""
     return read_documents(standard_library(), tests=tests, max_bytes=max_bytes)

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 SMALLEST = 32
-"""Rows; above eight times that a size is a multiple of an eighth of the power of two below it."""
+"""Rows: sizes are its multiples up to 512, multiples of 64 up to 1024, of 128 up to 2048, and so on."""
 
 
 class FewShapes(torch.autograd.Function):
@@ -42,7 +42,12 @@ class FewShapes(torch.autograd.Function):
 
 
 def rounded(rows: int) -> int:
-    """The least size that holds so many rows, at most an eighth more where there are many."""
+    """The least size that holds so many rows, at most an eighth more where there are many.
+
+    One row stays one: torch has a product of its own for it, with other sums.
+    """
+    if rows == 1:
+        return 1
     unit = max(SMALLEST, 1 << max(rows - 1, 0).bit_length() >> 4)
     return -(-rows // unit) * unit
 

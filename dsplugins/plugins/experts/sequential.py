@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Sequential:
-    """Each local expert is an MLP of the backend's linears, run in turn (core's SequentialMLP)."""
+    """Each local expert is an MLP of the backend's linears, run in turn (core's SequentialMLP).
+
+    In BF16 on a CPU an expert's rows are rounded up to few sizes, as those of `grouped` are.
+    """
 
     contract = ">=1.0,<2"
 
@@ -35,6 +38,6 @@ class Sequential:
 
         if brought := getattr(backend, "expert_mlp", None):
             return partial(SequentialExperts, submodules=submodules, mlp=brought())
-        if config.bf16 and config.use_cpu_initialization:
+        if config.bf16:
             return partial(SequentialExperts, submodules=submodules, mlp=FewShapesMLP)
         return partial(SequentialMLP, submodules=submodules)

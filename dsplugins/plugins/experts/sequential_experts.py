@@ -47,6 +47,8 @@ class FewShapesMLP(MLP):
         """Tokens [T, H], scales [T] -> [T, H]."""
         rows = hidden_states.shape[0]
         more = rounded(rows) - rows
+        if not more or hidden_states.device.type != "cpu":
+            return super().forward(hidden_states, per_token_scale, **others)
         if per_token_scale is not None:
             per_token_scale = pad(per_token_scale, (0, more))
         output, bias = super().forward(pad(hidden_states, (0, 0, 0, more)), per_token_scale, **others)

@@ -45,9 +45,10 @@ class AdamWOptions:
     with FP32 moments. Checkpoints are the same with either."""
     overlap_grad_reduce: bool = False
     """Sum gradients over the data-parallel ranks while the last micro-batch's backward still runs: a bucket
-    of `ddp.bucket_size` elements starts on its way as soon as its last gradient is there. Pays where a step
-    waits for the reduction. No number changes but by the order of a sum: with `zero` and several buckets a
-    rank's share is cut elsewhere, and the gradient norm is summed in another order."""
+    of `ddp.bucket_size` elements, with all experts of a layer or none, starts on its way as soon as its last
+    gradient is there. Pays where a step waits for the reduction. No number changes but by the order of a
+    sum: with `zero` and several buckets a rank's share is cut elsewhere, and the gradient norm is summed in
+    another order."""
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward runs, each bucket before the first module that needs it,
     instead of all of them after the update. Needs `zero` and `overlap_grad_reduce`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -60,7 +60,7 @@ def _pieces(grad: torch.Tensor, place: Placement) -> list[tuple[int, torch.Tenso
     size = place.parameter.numel() // len(place.parameter)
     experts = range(place.start // size, -(-place.stop // size))
     cuts = [max(place.start, expert * size) for expert in experts] + [place.stop]
-    sizes = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
+    sizes = [stop - start for start, stop in pairwise(cuts)]
     return list(zip(experts, grad.view(-1).split(sizes), strict=True))
 
 

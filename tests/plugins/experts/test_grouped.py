@@ -15,6 +15,7 @@ E, H = 16, 64
 COUNTS = {
     "some empty": [5, 0, 7, 4, 1, 0, 0, 9, 2, 2, 2, 2, 8, 0, 3, 1],
     "one has all": [0] * 15 + [40],
+    "many": [33, 65, 300, 1, 1, 1, 1, 31, 32, 64, 0, 257, 2, 1, 1, 96],
     "none": [0] * 16,
 }
 
@@ -29,14 +30,37 @@ def build(plugin, config):
     return factory(local, config, pg_collection=groups(), name="experts")
 
 
-def pair(config):
-    """(sequential, grouped) with the same weights."""
-    sequential, grouped = build(Sequential(), config), build(Grouped(), config)
+def cores(config):
+    """Core's own module, of the same linears."""
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from oracles.tiny_moe import groups
+
+    from dsplugins.plugins.backend.torch_local import TorchLocal
+
+    backend = TorchLocal().ds_backend(config)
+    linears = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(),
+        linear_fc2=backend.row_parallel_linear(),
+        activation_func=backend.activation_func(),
+    )
+    return SequentialMLP(config.num_moe_experts, config, linears, pg_collection=groups())
+
+
+def alike(config):
+    """(core's own, `sequential`, `grouped`) with the same weights."""
+    core, sequential, grouped = cores(config), build(Sequential(), config), build(Grouped(), config)
+    sequential.load_state_dict(core.state_dict())
     with torch.no_grad():
-        for i, expert in enumerate(sequential.local_experts):
+        for i, expert in enumerate(core.local_experts):
             grouped.weight1[i].copy_(expert.linear_fc1.weight)
             grouped.weight2[i].copy_(expert.linear_fc2.weight)
-    return sequential, grouped
+    return core, sequential, grouped
+
+
+def pair(config):
+    """(sequential, grouped) with the same weights."""
+    return alike(config)[1:]
 
 
 def half(dtype: torch.dtype) -> dict[str, object]:
@@ -64,18 +88,19 @@ def weight_gradients(experts) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("case", COUNTS)
-def test_every_bit_is_sequentials(single, dtype, fused, case):
+def test_every_bit_is_cores(single, dtype, fused, case):
     from oracles.tiny_moe import moe_config, noise
 
-    sequential, grouped = pair(moe_config(**half(dtype), bias_activation_fusion=fused))
+    built = alike(moe_config(**half(dtype), bias_activation_fusion=fused))
     counts = torch.tensor(COUNTS[case])
     tokens = noise(int(counts.sum()), H).to(dtype)
     probs = torch.sigmoid(noise(len(tokens), seed=4))  # float32, as with a gate in fp32
-    results = [run(experts, tokens, counts, probs) for experts in (sequential, grouped)]
-    for mine, theirs in zip(results[1], results[0], strict=True):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        assert torch.equal(mine, theirs)
-    for gradient in results[1][3:]:
+    cores, *ours = [run(experts, tokens, counts, probs) for experts in built]
+    for found in ours:
+        for mine, theirs in zip(found, cores, strict=True):
+            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+            assert torch.equal(mine, theirs)
+    for gradient in ours[1][3:]:
         idle = counts == 0
         assert not gradient[idle].any() and gradient[~idle].flatten(1).any(1).all()
 

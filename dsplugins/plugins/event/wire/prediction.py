@@ -112,9 +112,11 @@ def _buffers(rank: Rank) -> Iterator[tuple[bool, int, int, int]]:
 
     ddp, layout = rank.settings.ddp, rank.layout
     for index, chunk in enumerate(rank.chunks):
-        whole = index > 0 or rank.stage > 0  # core cuts only the first chunk of the first stage into buckets
         shares = layout.data * layout.context, layout.expert_data
-        for key, cut in gradient_buffers.layout(chunk, ddp, *shares, whole=whole).layouts.items():
+        bucket = gradient_buffers.bucket_size(
+            ddp, layout.data, first_chunk=index == 0, first_stage=rank.stage == 0
+        )
+        for key, cut in gradient_buffers.layout(chunk, ddp, bucket, *shares).layouts.items():
             elements = max(end for _, end in cut.bucket_indices)
             yield key.is_expert_parallel, key.param_dtype.itemsize, key.grad_dtype.itemsize, elements
 

@@ -1,0 +1,68 @@
+"""What `status.json` and the exit code say when ranks could not say it themselves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+
+from dsplugins.cli.train import _outcome
+from dsplugins.launcher import Outcome
+from dsplugins.rundir import RunDirectory
+
+EARLY = "stopped by {} before it took a step: give the same command again"
+
+
+@pytest.fixture
+def run(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.announce()
+    return directory
+
+
+def asked(number):
+    return Outcome(128 + number, f"stopped by {number.name}", unsaid=True, asked=True)
+
+
+def stepped(run, moment):
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 1, "time": moment}) + "\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_asked_to_end_before_a_step(run, number):
+    began = time.time()
+    stepped(run, began - 60)  # of an earlier attempt
+    status = _outcome(run, asked(number), began)
+    assert (status["code"], status["reason"]) == (75, EARLY.format(number.name))
+    assert run.status()["code"] == 75
+
+
+def test_asked_to_end_by_what_ranks_do_not_listen_to(run):
+    """A terminal that is closed: steps since the last checkpoint are lost."""
+    began = time.time()
+    stepped(run, began + 1)
+    status = _outcome(run, asked(signal.SIGHUP), began)
+    assert (status["code"], status["reason"]) == (1, "stopped by SIGHUP")
+
+
+@pytest.mark.parametrize(("code", "reason"), [(0, "complete"), (75, "stopped by SIGUSR1, saved in x")])
+def test_asked_once_more_when_all_was_said(run, code, reason):
+    run.end(code, reason)
+    status = _outcome(run, asked(signal.SIGTERM), time.time())
+    assert (
+        (status["code"], status["reason"]) == (code, reason) == (run.status()["code"], run.status()["reason"])
+    )
+
+
+def test_a_killed_rank_is_no_early_end(run):
+    killed = Outcome(137, "rank 1 was killed by SIGKILL (out of memory?)", unsaid=True)
+    status = _outcome(run, killed, time.time())
+    assert (status["code"], status["reason"]) == (1, killed.reason)
+
+
+def test_ranks_that_left_without_a_word(run):
+    status = _outcome(run, Outcome(0, "", unsaid=False), time.time())
+    assert (status["code"], status["reason"]) == (1, "all ranks left before the run was complete")
