@@ -16,6 +16,8 @@ Importing megatron-core takes seconds: one process does it, the others are forke
 
 from __future__ import annotations
 
+import gc
+import importlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -50,6 +52,8 @@ def _world_of_one() -> Iterator[torch.device]:
     if torch.cuda.is_available():
         pytest.skip("runs where no GPU is visible: CUDA_VISIBLE_DEVICES=''")
     device = prepare_cpu()
+    importlib.import_module("dsplugins.assemble")
+    gc.freeze()  # what was imported stays: a collection after each test then has little to look through
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield device
     dist.destroy_process_group()
