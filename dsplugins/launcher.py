@@ -12,10 +12,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, SubprocessContext
@@ -34,6 +37,8 @@ GRACE = 20
 """Seconds between SIGTERM and SIGKILL for ranks that are left."""
 PERIOD = 0.05
 """Seconds between two looks at the ranks."""
+OWN_PORTS = range(20_000, 32_000)
+"""Where the first rank listens for the others."""
 PATIENCE = "asked to stop: a run finishes its step and saves; Ctrl-C again ends all ranks at once"
 """Said at the first Ctrl-C."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -64,7 +69,7 @@ def run_local(world_size: int, arguments: Sequence[str], command: Sequence[str] 
     program, *rest = command or (sys.executable, "-m", "dsplugins", *arguments)
     # Its warnings tell of signals that we send; its errors, such as a rank that SIGKILL can't end, stay.
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.ERROR)
-    port = get_free_port()
+    port = _free_port()
     ranks = Ranks(
         name="rank",
         entrypoint=program,
@@ -157,6 +162,19 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         LAUNCHER: str(os.getpid()),
     }
+
+
+def _free_port() -> int:
+    """One that nobody listens on, and that the system gives nobody until the first rank listens there.
+
+    What asks for any port, as each pair of gloo's ranks does, is given one of another range: 32768 and above
+    on Linux, 49152 elsewhere. Failing that, whichever the system gives.
+    """
+    for port in random.SystemRandom().sample(OWN_PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    return int(get_free_port())
 
 
 def _cores() -> int:

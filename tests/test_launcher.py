@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -212,6 +214,19 @@ def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in ours]
     ranks(1, "")
     assert [signal.getsignal(number) for number in ours] == before
+
+
+def test_the_port_is_one_that_the_system_gives_nobody(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        there = taken.getsockname()[1]
+        monkeypatch.setattr(launcher, "OWN_PORTS", [there] * 100)
+        assert launcher._free_port() != there
+    monkeypatch.undo()
+    system = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    lowest = int(system.read_text().split()[0]) if system.exists() else 49_152
+    assert all(launcher._free_port() < lowest for _ in range(20))
 
 
 def test_ranks_know_each_other(tmp_path):
