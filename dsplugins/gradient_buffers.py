@@ -28,7 +28,6 @@ APART = re.compile(r"(?P<module>.+)\.local_experts\.(?P<expert>\d+)\.(?P<matrix>
 ALIGNED = 64
 """Elements: core starts each parameter at a multiple of it (optimizer/param_layout.py)."""
 
-
 MARKS = ("allreduce", "is_managed_by_layer_wise_optimizer")
 """Attributes of a parameter that choose its buffer (`group_params_for_buffers`)."""
 
