@@ -55,7 +55,8 @@ def find(path: Path, problems: list[Problem]) -> Path | None:
         return shipped
     remedy = f"no such file here, nor among the shipped recipes in {shown_path(recipe_folder())}"
     names = [str(p.relative_to(recipe_folder())) for p in recipe_folder().rglob("*.yaml")]
-    near = difflib.get_close_matches(str(path), names, n=1)
+    near = [name for name in names if path.stem == Path(name).stem]
+    near += difflib.get_close_matches(str(path), names, n=1)
     remedy = f"did you mean {near[0]}?" if near else remedy
     problems.append(Problem(f"recipe {path} does not exist", "", remedy, COMMAND_LINE))
     return None

@@ -70,4 +70,22 @@ def interruptible() -> Iterator[Callable[[], None]]:
             signal.signal(number, handler)
 
 
-__all__ = ["STOPS", "Interrupted", "Stopped", "Wishes", "interruptible"]
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """Meanwhile those signals, and SIGHUP, raise Interrupted wherever the process is: for work that holds
+    nothing that others wait for, such as imports. A signal that is ignored stays so.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    heard = [each for each in (*STOPS, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["STOPS", "Interrupted", "Stopped", "Wishes", "interrupted", "interruptible"]

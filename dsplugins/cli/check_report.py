@@ -93,7 +93,7 @@ def _training(findings: Mapping[str, Any]) -> str:
         said += "; the operations of its attention are not known."
     else:
         masked, unmasked = (operations(training[f"flops_a_token{all_}"]) for all_ in ("", "_unmasked"))
-        said += f", {masked} each, MTP apart ({unmasked} with attention counted without its mask)."
+        said += f", {masked} a token, MTP apart ({unmasked} with attention counted without its mask)."
     return said + (f"\n{_bill(training, findings['bill'])}" if "bill" in findings else "")
 
 

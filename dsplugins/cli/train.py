@@ -91,6 +91,7 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
     """Start the ranks on this machine and wait for them; their code is this process's."""
     from dsplugins.cli import start
     from dsplugins.rundir import RunDirectory
+    from dsplugins.wishes import Interrupted, interrupted
 
     plugins, plan = prepared(recipe)
     run = RunDirectory(Path(plan.run.directory))
@@ -100,7 +101,13 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
     with run.held():
         run.announce()
         began = time.time()
-        status = _outcome(run, start.started(plan, arguments), began)
+        try:
+            with interrupted():  # until the launcher listens, and again when it has ended
+                outcome = start.started(plan, arguments)
+        except Interrupted as asked:
+            status = _early(run, f"stopped by {asked.name}")
+        else:
+            status = _outcome(run, outcome, began)
     told = status["code"] in (3, 4) and status.get("rank") is not None  # by the first rank, in full
     if status["code"] and not told:
         line = shlex.join(["dsplugins", *arguments])
@@ -115,15 +122,27 @@ def _outcome(run: RunDirectory, outcome: Outcome, began: float) -> dict[str, Any
 
     code, reason = outcome.code if outcome.code in exits.CODES else 1, outcome.reason
     status = run.status() or {"code": None}
-    if outcome.asked and status["code"] in (0, STOPPED):
-        return status  # they had said all, and were asked once more
-    if outcome.asked and status["code"] is None and not run.stepped_since(began):
-        # Nothing is lost, and whoever starts a run again after a 75 is to do so.
-        code, reason = STOPPED, f"{reason} before it took a step: give the same command again"
+    if outcome.asked and (status["code"] in (0, STOPPED) or not run.stepped_since(began)):
+        return _early(run, reason)
     if outcome.unsaid or status["code"] != code:  # the ranks did not say so, or not all of it
         reason = reason if code else "all ranks left before the run was complete"
         status = run.end(code or 1, reason, overrule=True)
     return status
+
+
+def _early(run: RunDirectory, reason: str) -> dict[str, Any]:
+    """What `status.json` holds when ranks were asked to end before they took a step, or once more when they
+    had said all.
+
+    Before a step nothing is lost, and whoever starts a run again after a 75 is to do so.
+    """
+    from dsplugins.rundir import STOPPED
+
+    status = run.status() or {"code": None}
+    if status["code"] is not None:
+        return status
+    said = f"{reason} before it took a step: give the same command again"
+    return run.end(STOPPED, said, overrule=True)
 
 
 def prepared(recipe: Recipe) -> tuple[Plugins, Plan]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from dsplugins.cli.train import _outcome
+from dsplugins.cli import start
+from dsplugins.cli.train import _outcome, command
 from dsplugins.launcher import Outcome
 from dsplugins.rundir import RunDirectory
 
+TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 EARLY = "stopped by {} before it took a step: give the same command again"
 
 
@@ -66,3 +70,18 @@ def test_a_killed_rank_is_no_early_end(run):
 def test_ranks_that_left_without_a_word(run):
     status = _outcome(run, Outcome(0, "", unsaid=False), time.time())
     assert (status["code"], status["reason"]) == (1, "all ranks left before the run was complete")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_asked_to_end_before_there_are_ranks(monkeypatch, tmp_path, number):
+    """While the launcher is imported, for example; what was there before is heard again afterwards."""
+    monkeypatch.setattr(start, "started", lambda plan, arguments: signal.raise_signal(number))
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        done = CliRunner().invoke(command, [TINY, f"run.directory={tmp_path}/run"])
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    status = RunDirectory(tmp_path / "run").status()
+    assert done.exit_code == status["code"] == 75
+    assert status["reason"] == EARLY.format(number.name) and status["reason"] in done.output
