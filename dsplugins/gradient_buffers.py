@@ -37,6 +37,8 @@ class _Member:
     """A parameter and its place: neighbours of one `module` lie matrix by matrix, expert by expert."""
 
     parameter: torch.nn.Parameter
+    size: int
+    """Elements of one expert's matrix."""
     module: str = ""
     matrix: str = ""
     expert: int = 0
@@ -70,18 +72,18 @@ def layout(
     members = [
         _member(name, parameter) for name, parameter in chunk.named_parameters() if parameter.requires_grad
     ]
-    blocks = [list(block) for _, block in groupby(members, lambda member: member.module or id(member))]
     fp32 = ddp.grad_reduce_in_fp32
-    blocks = [
-        part for block in blocks for part in ([block] if _fits(block, fp32) else [[one] for one in block])
-    ]
+    blocks: list[list[_Member]] = []
+    for _, near in groupby(members, lambda member: member.module or id(member)):
+        block = list(near)
+        blocks += [block] if _fits(block, fp32) else [[one] for one in block]
     stands_for = {_stand_in(block): block for block in blocks}
     found = _of(list(stands_for), ddp, bucket, ranks, expert_ranks)
     order = group_params_for_buffers([member.parameter for member in members], fp32)
     for key, cut in found.layouts.items():
         places = {
-            parameter: (start, start + parameter.numel(), bucket)
-            for stand_in, (begin, _, bucket) in cut.param_index_map.items()
+            parameter: (start, start + parameter.numel(), number)
+            for stand_in, (begin, _, number) in cut.param_index_map.items()
             for parameter, start in _positions(stands_for[stand_in], begin)
         }
         mine, cut.param_indices = order[key]
@@ -90,30 +92,26 @@ def layout(
 
 
 def _member(name: str, parameter: torch.nn.Parameter) -> _Member:
+    elements = parameter.numel()
     if apart := APART.fullmatch(name):
-        return _Member(parameter, apart["module"], apart["matrix"], int(apart["expert"]))
+        return _Member(parameter, elements, apart["module"], apart["matrix"], int(apart["expert"]))
     if getattr(parameter, "stacked", False):
         module, _, matrix = name.rpartition(".")
-        return _Member(parameter, module, matrix)
-    return _Member(parameter)
+        return _Member(parameter, elements // len(parameter), module, matrix)
+    return _Member(parameter, elements)
 
 
 def _fits(block: Sequence[_Member], fp32: bool) -> bool:
     """Whether the block is of one buffer and leaves no holes, so that it is a stack of equal matrices."""
     parameters = [each.parameter for each in block]
-    sizes = {(each.matrix, each.parameter.numel()) for each in block}
-    rows = [each.parameter.numel() // (len(each.parameter) if _stacked(each) else 1) for each in block]
+    sizes = {(each.matrix, each.size) for each in block}
     return (
         len(block) > 1
         and all(type(parameter) is torch.nn.Parameter for parameter in parameters)
         and len(group_params_for_buffers(parameters, fp32)) == 1
         and len(sizes) == len({matrix for matrix, _ in sizes})
-        and not any(row % ALIGNED for row in rows)
+        and not any(size % ALIGNED for _, size in sizes)
     )
-
-
-def _stacked(member: _Member) -> bool:
-    return bool(getattr(member.parameter, "stacked", False))
 
 
 def _stand_in(block: Sequence[_Member]) -> torch.nn.Parameter:

@@ -167,8 +167,8 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 def _free_port() -> int:
     """One that nobody listens on, and that the system gives nobody until the first rank listens there.
 
-    What asks for any port, as each pair of gloo's ranks does, is given one of another range: 32768 and above
-    on Linux, 49152 elsewhere. Failing that, whichever the system gives.
+    What asks for any port, as each pair of gloo's ranks does, is given one of another range: by default 32768
+    and above on Linux, 49152 elsewhere. Failing that, whichever the system gives.
     """
     for port in random.SystemRandom().sample(OWN_PORTS, 100):
         with socket.socket() as probe, suppress(OSError):

@@ -92,16 +92,20 @@ def node_numbers() -> tuple[int, int] | None:
 def end_with_launcher() -> None:
     """From now on SIGTERM comes when the launcher is gone, even if that was killed (Linux: prctl(2)).
 
-    Nor has Ctrl-C Python's own word to say here until the run listens: the launcher tells of it. Does nothing
-    in a process that `dsplugins.launcher` didn't start.
+    Does nothing in a process that `dsplugins.launcher` didn't start.
     """
-    if not has_launcher():
-        return
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform != "linux":
+    if not has_launcher() or sys.platform != "linux":
         return
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != int(os.environ[LAUNCHER]):  # gone before we asked
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leave_interrupts_to_launcher() -> None:
+    """From now on Ctrl-C ends this process without a word of Python's, until the run listens to it.
+
+    `dsplugins.launcher` tells of it once. Does nothing in a process that it didn't start.
+    """
+    if has_launcher() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

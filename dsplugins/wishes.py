@@ -61,13 +61,8 @@ def interruptible() -> Iterator[Callable[[], None]]:
         if asked:
             raise Interrupted(asked[0])
 
-    heard = [each for each in (*STOPS, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in heard}
-    try:
+    with _handled(asked.append):
         yield check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -76,11 +71,17 @@ def interrupted() -> Iterator[None]:
     nothing that others wait for, such as imports. A signal that is ignored stays so.
     """
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int) -> None:
         raise Interrupted(number)
 
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(told: Callable[[int], None]) -> Iterator[None]:
     heard = [each for each in (*STOPS, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
+    before = {number: signal.signal(number, lambda number, frame: told(number)) for number in heard}
     try:
         yield
     finally:

@@ -327,6 +327,10 @@ def test_a_misspelt_base_in_another_folder_is_found(tmp_path):
     assert problems_of(file)[0].remedy == "did you mean deepseek_v3/tiny_cpu.yaml?"
 
 
+def test_a_shipped_recipe_without_its_folder_is_found():
+    assert problems_of("tiny_cpu")[0].remedy == "did you mean deepseek_v3/tiny_cpu.yaml?"
+
+
 def test_missing_corpora_are_all_named_before_a_process_is_started(tmp_path):
     corpora = "plugins.indexed={train: [a, b], validation: [c]}"
     done = train(tmp_path, TINY, "plugins.python_source=null", corpora, "run.directory=out")

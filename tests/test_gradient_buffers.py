@@ -41,7 +41,7 @@ class Named:
 
 
 def laid(kind, zero=True, bucket=None, own=False, ranks=2, **sizes):
-    """(buffer's experts, name) -> (start, stop, bucket), and the ends of the buckets of each buffer."""
+    """(name, (start, stop, bucket)) in core's order, and (start, stop) of the buckets of each buffer."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

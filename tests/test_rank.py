@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -76,3 +77,19 @@ def test_torchruns_that_do_not_know_of_each_other(variables, agents, refused):
             rank.refuse_doubled()
     else:
         rank.refuse_doubled()
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_interrupts_are_left_to_a_launcher_only(monkeypatch, launched):
+    """Until the run listens, Ctrl-C ends a rank without a traceback or a word; a handler of its own stays."""
+    monkeypatch.setattr(rank, "has_launcher", lambda: launched)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        rank.leave_interrupts_to_launcher()
+        expected = signal.SIG_DFL if launched else signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is expected
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        rank.leave_interrupts_to_launcher()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

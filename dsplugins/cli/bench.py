@@ -49,6 +49,7 @@ def loop(recipe: str, overrides: tuple[str, ...], rounds: int, out: Path | None)
         line = ["bench", "loop", recipe, *overrides, "--rounds", str(rounds), *more]
         raise SystemExit(start.started(plan, line).code)
     rank.end_with_launcher()
+    rank.leave_interrupts_to_launcher()
     timed = _loop(recipe, overrides, rounds)
     if rank.number() == 0:
         _tell("bench_loop", ("dsplugins", "hand_written"), timed, out)

@@ -33,6 +33,7 @@ def command(run: Path, overrides: tuple[str, ...], step: int | None, as_json: bo
 
     rank.adopt_srun()
     rank.end_with_launcher()
+    rank.leave_interrupts_to_launcher()
     resolved = run / "recipe.resolved.yaml"
     if not resolved.exists():
         raise click.UsageError(f"{run} holds no run: {resolved} is missing")

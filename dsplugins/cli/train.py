@@ -35,6 +35,7 @@ def command(recipe: str, overrides: tuple[str, ...], fresh: bool, accept_changes
 
     rank.adopt_srun()
     rank.end_with_launcher()
+    rank.leave_interrupts_to_launcher()
     loaded = Recipe.load(recipe, overrides)
     if rank.inside_torchrun():
         _one_rank(loaded, fresh, accept_changes)
@@ -104,8 +105,8 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
         try:
             with interrupted():  # until the launcher listens, and again when it has ended
                 outcome = start.started(plan, arguments)
-        except Interrupted as asked:
-            status = _early(run, f"stopped by {asked.name}")
+        except Interrupted as stop:
+            status = _asked(run, f"stopped by {stop.name}", began)
         else:
             status = _outcome(run, outcome, began)
     told = status["code"] in (3, 4) and status.get("rank") is not None  # by the first rank, in full
@@ -118,31 +119,30 @@ def _all_ranks(recipe: Recipe, arguments: list[str], fresh: bool, accept: bool) 
 def _outcome(run: RunDirectory, outcome: Outcome, began: float) -> dict[str, Any]:
     """What `status.json` holds at the end, with what the ranks did not say themselves."""
     from dsplugins.cli import exits
-    from dsplugins.rundir import STOPPED
 
-    code, reason = outcome.code if outcome.code in exits.CODES else 1, outcome.reason
+    if outcome.asked:
+        return _asked(run, outcome.reason, began)
+    code = outcome.code if outcome.code in exits.CODES else 1
     status = run.status() or {"code": None}
-    if outcome.asked and (status["code"] in (0, STOPPED) or not run.stepped_since(began)):
-        return _early(run, reason)
     if outcome.unsaid or status["code"] != code:  # the ranks did not say so, or not all of it
-        reason = reason if code else "all ranks left before the run was complete"
+        reason = outcome.reason if code else "all ranks left before the run was complete"
         status = run.end(code or 1, reason, overrule=True)
     return status
 
 
-def _early(run: RunDirectory, reason: str) -> dict[str, Any]:
-    """What `status.json` holds when ranks were asked to end before they took a step, or once more when they
-    had said all.
+def _asked(run: RunDirectory, reason: str, began: float) -> dict[str, Any]:
+    """The same where they were asked to end, and ended otherwise than by themselves.
 
     Before a step nothing is lost, and whoever starts a run again after a 75 is to do so.
     """
     from dsplugins.rundir import STOPPED
 
     status = run.status() or {"code": None}
-    if status["code"] is not None:
+    if status["code"] in (0, STOPPED):  # they had said all, and were asked once more
         return status
-    said = f"{reason} before it took a step: give the same command again"
-    return run.end(STOPPED, said, overrule=True)
+    if status["code"] is None and not run.stepped_since(began):
+        return run.end(STOPPED, f"{reason} before it took a step: give the same command again", overrule=True)
+    return run.end(1, reason, overrule=True)
 
 
 def prepared(recipe: Recipe) -> tuple[Plugins, Plan]:

@@ -52,6 +52,16 @@ def test_asked_to_end_by_what_ranks_do_not_listen_to(run):
     assert (status["code"], status["reason"]) == (1, "stopped by SIGHUP")
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_crash_when_asked_is_no_early_end(run, rows):
+    """Whether a rank said why it failed, or a step was lost."""
+    began = time.time()
+    run.end(1, "rank 0: ValueError")
+    for _ in range(rows):
+        stepped(run, began + 1)
+    assert _outcome(run, asked(signal.SIGTERM), began)["code"] == 1
+
+
 @pytest.mark.parametrize(("code", "reason"), [(0, "complete"), (75, "stopped by SIGUSR1, saved in x")])
 def test_asked_once_more_when_all_was_said(run, code, reason):
     run.end(code, reason)

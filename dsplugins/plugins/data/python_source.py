@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from dsplugins.contracts import EnvironmentUnfit, Problem, Range
 from dsplugins.hookspecs import hookimpl
@@ -118,11 +118,11 @@ class PythonSource:
         from dsplugins.plugins.data.files import library_documents, read_documents, split_documents
 
         options = self._options
+        limits: Any = {"tests": options.tests, "max_bytes": options.max_bytes}
         if options.directory is None:
-            documents = library_documents(tests=options.tests, max_bytes=options.max_bytes)
+            documents = library_documents(**limits)
         else:
-            root = Path(options.directory).expanduser()
-            documents = read_documents(root, tests=options.tests, max_bytes=options.max_bytes)
+            documents = read_documents(Path(options.directory).expanduser(), **limits)
         return split_documents(documents, options.validation)
 
 

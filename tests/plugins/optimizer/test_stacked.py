@@ -36,9 +36,8 @@ def pieces(place):
     """(part of a gradient, its name): an expert's matrix each, or what of it this rank optimizes."""
     module, _, name = place.name.rpartition(".")
     if name in ("weight1", "weight2"):
-        whole = place.parameter.new_full(place.parameter.shape, -1.0)
-        whole.copy_(torch.arange(len(whole)).view(-1, 1, 1).expand_as(whole))
-        here = whole.view(-1)[place.start : place.stop]
+        owners = torch.arange(len(place.parameter)).repeat_interleave(place.parameter[0].numel())
+        here = owners[place.start : place.stop]
         flat = place.main.grad.view(-1)
         experts = [int(expert) for expert in here.unique()]
         return [(flat[span(here == expert)], (module, expert, name[-1])) for expert in experts]
