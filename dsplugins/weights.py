@@ -25,8 +25,10 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-BLOCK = 1 << 16
-"""Elements computed at once: temporaries (8 bytes each) stay within a core's cache."""
+BLOCK = {"cpu": 1 << 16}
+"""Elements computed at once, by kind of device: temporaries (8 bytes each) stay within a core's cache."""
+ELSEWHERE = 1 << 24
+"""The same where every operation is a kernel to be started, which takes as long as 100,000 elements."""
 
 
 def initialise(
@@ -79,7 +81,8 @@ def fill(shard: ShardedTensor, seed: int, std: float, twin: bool | float = False
     view = target.view(-1, data.shape[-1])
     columns = torch.arange(data.shape[-1], device=data.device)
     rows = _row_starts(local[:-1], strides[:-1], start, data.device)
-    step = max(1, BLOCK // max(1, len(columns)))
+    block = BLOCK.get(data.device.type, ELSEWHERE)
+    step = max(1, block // max(1, len(columns)))
     for first in range(0, len(rows), step):
         position = rows[first : first + step, None] + columns
         drawn = (normal(key, position) * std).float().to(data.dtype)

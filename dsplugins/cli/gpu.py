@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+
+from dsplugins.cli.experiment_runs import folder
+from dsplugins.experiments.gpu import PARTS
 
 
 @click.command("gpu")
 @click.argument("overrides", nargs=-1)
 @click.option(
     "--rounds", default=20, show_default=True, type=click.IntRange(min=1), help="Timed passes of each."
+)
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(list(PARTS)),
+    help="Only this one; may be repeated. The record is then gpu_PART.json.",
+)
+@click.option(
+    "--kept",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for each part's numbers as they come: called again, what is there is not measured again.",
 )
 @click.option(
     "--out",
@@ -23,7 +39,14 @@ import click
     help="Folder for gpu.json.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
-def gpu(overrides: tuple[str, ...], rounds: int, out: Path, as_json: bool) -> None:
+def gpu(
+    overrides: tuple[str, ...],
+    rounds: int,
+    parts: tuple[str, ...],
+    kept: Path | None,
+    out: Path,
+    as_json: bool,
+) -> None:
     """Time one GPU: a step beside a hand-written loop, V3's layers at full width, attention paths.
 
     With the backend torch_local, and with te where transformer_engine is installed. The MoE layer needs
@@ -34,18 +57,29 @@ def gpu(overrides: tuple[str, ...], rounds: int, out: Path, as_json: bool) -> No
     from dsplugins.experiments import gpu as experiment
 
     _needs_device(overrides)
-    measured = []
-    with tempfile.TemporaryDirectory(prefix="dsplugins-gpu-") as folder:
-        for way in experiment.ways():
-            click.echo(f"{way}: measuring", err=True)
-            measured.append(experiment.measure(way, overrides, rounds, Path(folder)))
+    with folder(kept, "gpu") as where:
+        where.mkdir(parents=True, exist_ok=True)
+        measured = [_measured(way, overrides, rounds, where) for way in experiment.ways(parts)]
     found = experiment.results(measured, rounds, overrides)
-    line = ["dsplugins", "experiment", "gpu", *map(shlex.quote, overrides), "--rounds", str(rounds)]
-    path = records.write(out, "gpu", line, found)
+    chosen = [f"--part {part}" for part in parts]
+    line = ["dsplugins", "experiment", "gpu", *map(shlex.quote, overrides), "--rounds", str(rounds), *chosen]
+    path = records.write(out, "_".join(["gpu", *parts]), line, found)
     click.echo(
         path.read_text() if as_json else f"{columns(experiment.table(found))}\n\n{path}", nl=not as_json
     )
     raise SystemExit(0 if found["holds"] else 1)
+
+
+def _measured(way: Any, overrides: Sequence[str], rounds: int, where: Path) -> dict[str, Any]:
+    """The numbers of `way`, told on stderr as they come."""
+    from dsplugins.experiments import gpu as experiment
+
+    began = time.monotonic()
+    row = experiment.measure(way, overrides, rounds, where)
+    click.echo(f"{way}: {time.monotonic() - began:.0f} s", err=True)
+    for cells in experiment.lines(row):
+        click.echo("  " + "  ".join(filter(None, cells[3:])), err=True)
+    return row
 
 
 def _needs_device(overrides: Sequence[str]) -> None:

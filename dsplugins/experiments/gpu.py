@@ -11,12 +11,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsplugins.manager import Plugins
 
 PARTS: Mapping[str, str] = {
     "step": "a step of bench/large.yaml, and of a hand-written loop over the same modules, in turn",
     "moe_layer": "forward and backward of V3's MoE layer, all 256 experts on this GPU",
-    "mla_block": "forward and backward of V3's attention block",
+    "mla_block": "forward and backward of V3's attention block, with torch_local by cuDNN's attention",
     "attention": "forward and backward of core attention alone, V3's 128 heads of 192 and 128",
     "few_experts": "forward and backward of V3's MoE layer with 16 experts, some 2,000 tokens each",
     "products": "fp8_v3's products of V3's shapes, beside BF16 and the reference",
@@ -28,6 +31,8 @@ STEP, LAYER = "bench/large.yaml", "deepseek_v3/v3_671b.yaml"
 PLATFORMS, BACKENDS = ("cpu", "cuda"), ("torch_local", "te")
 LIBRARIES = {"te": "transformer_engine"}
 """Backend -> the library that it needs."""
+BY_CUDNN = "plugins.torch_local={attention: cudnn}"
+"""In parts with an attention block: what torch chooses takes as long as all else there several times over."""
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "bf16": (),
     "fp8_v3 torch": ("plugins.bf16=null", "plugins.fp8_v3={backend: torch}"),
@@ -60,8 +65,12 @@ class Way:
         return ", ".join([self.part, self.backend, *([] if self.format == "bf16" else [self.format])])
 
 
-def ways() -> Iterator[Way]:
-    """All of them, in the order in which they are measured."""
+def ways(parts: Sequence[str] = ()) -> Iterator[Way]:
+    """Those of `parts`, else all, in the order in which they are measured."""
+    yield from (way for way in _all_ways() if not parts or way.part in parts)
+
+
+def _all_ways() -> Iterator[Way]:
     for part in PARTS:
         if part not in ("products", "casts"):
             yield from (Way(part, backend) for backend in BACKENDS)
@@ -79,6 +88,7 @@ def changes(way: Way) -> list[str]:
         *swapped(recipe, PLATFORMS, "cuda"),
         *swapped(recipe, BACKENDS, way.backend),
         *FORMATS[way.format],
+        *([BY_CUDNN] if (way.part, way.backend) == ("mla_block", "torch_local") else []),
     ]
 
 
@@ -109,23 +119,40 @@ def lacking(way: Way) -> str | None:
     return None
 
 
-def _precision(way: Way) -> Any:
-    """The plugin of the slot precision that it names."""
+def _plugins(way: Way) -> Plugins:
+    """Those that it names."""
+    if way.part == "step":
+        from dsplugins.plan import prepare
+        from dsplugins.recipe import Recipe
+
+        return prepare(Recipe.load(STEP, changes(way)))[0]
     from dsplugins.experiments.gpu_layer import alone
 
-    _, plugins, _ = alone(changes(way))
-    return next(item.plugin for item in plugins if item.slot == "precision")
+    return alone(changes(way))[1]
+
+
+def _precision(way: Way) -> Any:
+    """The plugin of the slot precision that it names."""
+    return next(item.plugin for item in _plugins(way) if item.slot == "precision")
 
 
 def measure(way: Way, overrides: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
-    """The numbers of `way`; `skipped` says what this machine lacks for it, `failed` how it ended instead."""
+    """The numbers of `way`; `skipped` says what this machine lacks for it, `failed` how it ended instead.
+
+    What `folder` holds of it already is not measured again.
+    """
+    from dsplugins import environment
     from dsplugins.launcher import run_local
 
     if reason := lacking(way):
         return {**vars(way), "skipped": reason}
     answer = folder / f"{way}.json"
-    program = [sys.executable, "-m", "dsplugins.experiments.gpu_part", str(answer), way.part, str(rounds)]
-    outcome = run_local(1, (), [*program, *changes(way), *overrides])
+    if answer.exists():
+        return {**vars(way), **json.loads(answer.read_text())}
+    given = [f"{name}={value}" for name, value in environment.needed(_plugins(way)).items()]
+    program = ["env", *given, sys.executable, "-m", "dsplugins.experiments.gpu_part"]
+    arguments = [str(answer), way.part, str(rounds), *changes(way), *overrides]
+    outcome = run_local(1, (), [*program, *arguments])
     if outcome.code:
         return {**vars(way), "failed": outcome.reason}
     return {**vars(way), **json.loads(answer.read_text())}
@@ -138,7 +165,7 @@ def results(measured: Sequence[Mapping[str, Any]], rounds: int, overrides: Seque
         "card": card(),
         "rounds": rounds,
         "overrides": list(overrides),
-        "parts": dict(PARTS),
+        "parts": {part: PARTS[part] for part in dict.fromkeys(row["part"] for row in measured)},
         "layers": list(layers(measured)),
         "measured": list(measured),
     }
@@ -187,14 +214,18 @@ def card() -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> list[list[str]]:
     """The record as cells of text: a title, then a line for each number that is compared."""
     cells = [["PART", "BACKEND", "FORMAT", "WHAT", "MS", "RATIO", "PEAK, GiB"]]
-    for row in found["measured"]:
-        cells += [[row["part"], row["backend"], row["format"], *told] for told in _told(row)]
+    cells += [line for row in found["measured"] for line in lines(row)]
     for row in found["layers"]:
         beside = row["ratio_to_te_blockwise"]
         te = "" if beside is None else f", {beside:.2f} times te_blockwise's"
         said = f"{'reached' if row['reached'] else 'missed'}: at least {FASTER} times BF16's speed{te}"
         cells.append([row["part"], "", row["format"], said, "", f"{row['ratio_to_bf16']:.2f}", ""])
     return cells
+
+
+def lines(row: Mapping[str, Any]) -> Iterator[list[str]]:
+    """What was measured of one way, as cells of the table."""
+    yield from ([row["part"], row["backend"], row["format"], *told] for told in _told(row))
 
 
 def _told(row: Mapping[str, Any]) -> Iterator[list[str]]:

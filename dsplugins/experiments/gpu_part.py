@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import statistics
 import sys
@@ -178,9 +179,13 @@ PARTS: dict[str, Callable[[Sequence[str], int], dict[str, Any]]] = {
 def main(answer: Path, part: str, rounds: int, overrides: list[str]) -> None:
     """Measure, and leave the numbers as JSON."""
     quiet()
-    found = PARTS[part](overrides, rounds)
     import torch
 
+    from dsplugins.experiments import gpu_layer  # noqa: F401  (with it, all that takes seconds to import)
+
+    turn = (answer.parent / "turn").open("w")
+    fcntl.flock(turn, fcntl.LOCK_EX)  # commands that share a folder share a GPU; ours until this process ends
+    found = PARTS[part](overrides, rounds)
     answer.write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

@@ -14,6 +14,7 @@ TINY = (
     *("model.hidden_size=64", "model.num_attention_heads=4", "model.q_lora_rank=32", "model.kv_lora_rank=16"),
     *("model.moe_ffn_hidden_size=32", "model.moe_shared_expert_intermediate_size=32"),
     *("model.ffn_hidden_size=64", "model.num_moe_experts=32", "model.init_method_std=0.1"),
+    "plugins.torch_local.attention=torch",
 )
 """Overrides for a CPU, in tests that run everywhere."""
 

@@ -47,9 +47,15 @@ def missing(path):
     """Why torch has no such kernel for these sizes on this card, or None."""
     import torch
 
-    capability, cudnn = torch.cuda.get_device_capability(), torch.backends.cudnn.version() or 0
-    if path == "cudnn" and (capability < (9, 0) or cudnn < 91100):
-        return f"cuDNN attention of 192 and 128 needs sm_90 and cuDNN 9.11, here sm_{capability} and {cudnn}"
+    from dsplugins import cudnn
+
+    if path == "cudnn" and (said := cudnn.mismatch()):
+        return f"{said}: {cudnn.remedy()}"
+    if path != "cudnn":
+        return None
+    capability, version = torch.cuda.get_device_capability(), torch.backends.cudnn.version() or 0
+    if capability < (9, 0) or version < 91100:
+        return f"cuDNN attention of 192 and 128 needs sm_90 and cuDNN 9.11, here {capability}, {version}"
     return None
 
 

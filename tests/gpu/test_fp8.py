@@ -159,7 +159,7 @@ def test_weight_gradients_of_full_tiles_repeat_themselves(nccl, backend):
 
 
 @pytest.mark.gpu
-def test_tokens_are_packed_for_their_way_on_a_gpu(nccl):
+def test_tokens_are_packed_for_their_way_on_a_gpu(nccl, deterministic):
     """One GPU has no other to send to; what the dispatcher does before and after is done."""
     import torch
 

@@ -30,12 +30,12 @@ OF_CODES = ("swiglu_columns_kernel", "swiglu_gradient_kernel")
 """Their `inner` is codes."""
 ANY_SIZE = ("smallest",)
 """Bits of a number, and no size."""
-WARPS = {"blocks_kernel": 8}
-"""As many as `casts` asks for; 4 elsewhere."""
 
 
-def block(name):
-    return casts.CHANNELS if "columns" in name else casts.TOKENS
+def block(name, constants):
+    of_codes = name in OF_CODES or constants.get("QUANTISED")
+    channels = casts.OF_CODES if of_codes else casts.CHANNELS
+    return channels if "columns" in name else casts.TOKENS[name]
 
 
 def types(name, constants, wide):
@@ -44,6 +44,8 @@ def types(name, constants, wide):
         found["inner"] = "*fp8e4nv"
     if constants.get("QUANTISED"):
         found["x"] = "*fp8e4nv"
+    if "columns" in name:
+        found["codes"] = "*i32"
     if constants.get("WORDS"):
         found["packed"] = "*i32"
     return found
@@ -59,7 +61,9 @@ def compiled(kernel, constants, wide, aligned):
         if aligned and arg not in constants and arg not in ANY_SIZE
     }
     source = ASTSource(kernel, signature, constants, sixteens)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS.get(name, 4)})
+    made = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": casts.WARPS.get(name, 4)}
+    )
     words = constants.get("WORDS", True)
     return {"ptx": made.asm["ptx"], "cubin_bytes": len(made.asm["cubin"]), "aligned": aligned and words}
 
@@ -67,9 +71,10 @@ def compiled(kernel, constants, wide, aligned):
 def forms(kernel):
     """Every choice of constants, in BF16 with sizes of multiples of 16; the last one the other ways, too."""
     names = [name for name in CHOICES if name in kernel.arg_names]
-    fixed = {"BLOCK": block(kernel.__name__)} if "BLOCK" in kernel.arg_names else {}
     for chosen in itertools.product(*(CHOICES[name] for name in names)):
-        constants = dict(zip(names, chosen, strict=True)) | fixed
+        constants = dict(zip(names, chosen, strict=True))
+        if "BLOCK" in kernel.arg_names:
+            constants["BLOCK"] = block(kernel.__name__, constants)
         yield constants, False, True
     yield constants, True, True
     if not constants.get("WORDS"):

@@ -11,10 +11,10 @@ from dsplugins.plugins.backend.sdpa import SdpaCoreAttention
 
 
 class TorchLocalProvider(LocalSpecProvider):
-    """Core's own parallel linears, `norm` for every norm, `sdpa.SdpaCoreAttention`."""
+    """Core's own parallel linears, `norm` for every norm, `attention` for core attention."""
 
-    def __init__(self, norm: Any = Norm) -> None:
-        self._norm = norm
+    def __init__(self, norm: Any = Norm, attention: type[SdpaCoreAttention] = SdpaCoreAttention) -> None:
+        self._norm, self._attention = norm, attention
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
         """The kind comes from the config. Raises ValueError for a norm fused with the residual."""
@@ -24,7 +24,7 @@ class TorchLocalProvider(LocalSpecProvider):
 
     def core_attention(self) -> type[SdpaCoreAttention]:
         """Causal attention on torch's kernels."""
-        return SdpaCoreAttention
+        return self._attention
 
 
 __all__ = ["TorchLocalProvider"]

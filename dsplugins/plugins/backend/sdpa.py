@@ -9,12 +9,14 @@ size of queries and keys, V head size of values.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsplugins.plugins.backend import causal_blocks
 
@@ -29,6 +31,9 @@ class SdpaCoreAttention(MegatronModule):
     `v_channels`, and drops the first one: sizes are therefore read from the tensors. Raises
     ValueError for settings that this attention would otherwise ignore.
     """
+
+    kernels: ClassVar[SDPBackend | None] = None
+    """Whose kernels on a GPU; None: those that torch chooses."""
 
     def __init__(
         self,
@@ -75,7 +80,15 @@ class SdpaCoreAttention(MegatronModule):
         if query.shape[0] != key.shape[0]:
             raise ValueError(f"{query.shape[0]} queries but {key.shape[0]} keys: training only")
         scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
-        return _attend(query, key, value, scale)
+        given = self.kernels if query.is_cuda else None
+        with contextlib.nullcontext() if given is None else sdpa_kernel(given):
+            return _attend(query, key, value, scale)
+
+
+class CudnnCoreAttention(SdpaCoreAttention):
+    """By cuDNN on a GPU. Raises RuntimeError where cuDNN has no kernel for the tensors it is given."""
+
+    kernels = SDPBackend.CUDNN_ATTENTION
 
 
 def unmet(config: TransformerConfig, dropout: float | None = None) -> dict[str, str]:
@@ -109,4 +122,4 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
-__all__ = ["SdpaCoreAttention", "unmet"]
+__all__ = ["CudnnCoreAttention", "SdpaCoreAttention", "unmet"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -16,10 +16,18 @@ from dsplugins.plugins.precision.fp8.columns import Columns, tiles, whole
 from dsplugins.plugins.precision.fp8.e5m6 import Packed
 from dsplugins.plugins.precision.fp8.swiglu import SwigluKept
 
-TOKENS = 32
-"""Tiles of 1 x 128 that one program of a row kernel makes."""
-CHANNELS = 64
-"""Channels of 128 tokens that one program of the column kernel makes."""
+TOKENS: Mapping[str, int] = {
+    "rows_kernel": 32,
+    "swiglu_rows_kernel": 16,
+    "swiglu_gradient_kernel": 8,
+    "e5m6_pack_kernel": 4,
+    "e5m6_unpack_kernel": 8,
+}
+"""Tiles of 1 x 128 that one program makes: on an H200 each is fastest so."""
+CHANNELS, OF_CODES = 64, 32
+"""Channels of 128 tokens that one program of the column kernels makes; from codes."""
+WARPS: Mapping[str, int] = {"blocks_kernel": 8, "e5m6_pack_kernel": 1}
+"""Of a program; 4 elsewhere."""
 
 NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 """Formats of what stands outside of products."""
@@ -35,21 +43,23 @@ class TritonCasts:
         """[T, K] in tiles of 1 x 128."""
         x = x.contiguous()
         codes, scales = _row_outputs(x.shape[0], x.shape[1], x.device)
-        grid = (triton.cdiv(x.shape[0], TOKENS), scales.shape[0])
+        block = TOKENS["rows_kernel"]
+        grid = (triton.cdiv(x.shape[0], block), scales.shape[0])
         if x.numel():
-            kernels.rows_kernel[grid](x, codes, scales, *x.shape, _bits(smallest), power_of_two, TOKENS)
+            kernels.rows_kernel[grid](x, codes, scales, *x.shape, _bits(smallest), power_of_two, block)
         return Quantised(codes, scales.t(), ROW)
 
     def swiglu_rows(self, inner: torch.Tensor, probs: torch.Tensor | None, power_of_two: bool) -> Quantised:
         """SwiGLU and `rows` in one kernel; probs [T] must be contiguous."""
         inner, (tokens, width) = inner.contiguous(), (inner.shape[0], inner.shape[1] // 2)
         codes, scales = _row_outputs(tokens, width, inner.device)
-        grid = (triton.cdiv(tokens, TOKENS), scales.shape[0])
+        block = TOKENS["swiglu_rows_kernel"]
+        grid = (triton.cdiv(tokens, block), scales.shape[0])
         if inner.numel():
             given = inner if probs is None else probs.contiguous()
             swiglu_kernels.swiglu_rows_kernel[grid](
                 inner, given, codes, scales, tokens, width, _bits(SMALLEST_AMAX),
-                probs is not None, power_of_two, TOKENS,
+                probs is not None, power_of_two, block,
             )  # fmt: skip
         return Quantised(codes, scales.t(), ROW)
 
@@ -65,10 +75,12 @@ class TritonCasts:
         scales_in = x.scales if isinstance(x, Quantised) else values.new_empty(0, 0, dtype=torch.float32)
         channels, device = values.shape[1], values.device
         table, codes, scales = _column_outputs(splits, channels, device)
+        quantised = isinstance(x, Quantised)
+        block = OF_CODES if quantised else CHANNELS
         if len(table):
-            kernels.columns_kernel[(len(table), triton.cdiv(channels, CHANNELS))](
-                values, scales_in, codes, scales, table, channels,
-                *scales_in.stride(), _bits(smallest), isinstance(x, Quantised), power_of_two, CHANNELS,
+            kernels.columns_kernel[(len(table), triton.cdiv(channels, block))](
+                values, scales_in, codes.view(torch.int32), scales, table, channels,
+                *scales_in.stride(), _bits(smallest), quantised, power_of_two, block,
             )  # fmt: skip
         return Columns(codes, scales, splits)
 
@@ -81,9 +93,10 @@ class TritonCasts:
         table, codes, scales = _column_outputs(splits, channels, codes_in.device)
         if len(table):
             probs = scales_in if kept.probs is None else kept.probs.contiguous()
-            swiglu_kernels.swiglu_columns_kernel[(len(table), triton.cdiv(channels, CHANNELS))](
-                codes_in, scales_in, probs, codes, scales, table, channels, *scales_in.stride(),
-                _bits(SMALLEST_AMAX), kept.probs is not None, NUMBERS[kept.dtype], power_of_two, CHANNELS,
+            swiglu_kernels.swiglu_columns_kernel[(len(table), triton.cdiv(channels, OF_CODES))](
+                codes_in, scales_in, probs, codes.view(torch.int32), scales, table, channels,
+                *scales_in.stride(), _bits(SMALLEST_AMAX), kept.probs is not None, NUMBERS[kept.dtype],
+                power_of_two, OF_CODES,
             )  # fmt: skip
         return Columns(codes, scales, splits)
 
@@ -96,11 +109,12 @@ class TritonCasts:
         tokens, device = codes.shape[0], codes.device
         dinner = torch.empty(codes.shape, dtype=kept.dtype, device=device)
         shares = torch.empty(channels // TILE, tokens, device=device)
+        block = TOKENS["swiglu_gradient_kernel"]
         if tokens:
             probs = scales if kept.probs is None else kept.probs.contiguous()
-            swiglu_kernels.swiglu_gradient_kernel[(triton.cdiv(tokens, TOKENS), channels // TILE)](
+            swiglu_kernels.swiglu_gradient_kernel[(triton.cdiv(tokens, block), channels // TILE)](
                 codes, scales, probs, dy, dinner, shares, tokens, channels, *scales.stride(),
-                kept.probs is not None, TOKENS,
+                kept.probs is not None, block,
             )  # fmt: skip
         return dinner, None if kept.probs is None else shares.sum(0).to(kept.probs.dtype)
 
@@ -115,7 +129,7 @@ class TritonCasts:
         grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), experts)
         kernels.blocks_kernel[grid](
             weight, codes, scales, rows, columns, down, across, _bits(SMALLEST_AMAX),
-            power_of_two, transposed, num_warps=8,
+            power_of_two, transposed, num_warps=WARPS["blocks_kernel"],
         )  # fmt: skip
         return Quantised(codes, scales, SQUARE)
 
@@ -124,21 +138,24 @@ class TritonCasts:
         x, (tokens, channels) = x.contiguous(), x.shape
         packed = torch.empty(tokens, 3 * -(-channels // 2), dtype=torch.uint8, device=x.device)
         scales = torch.empty(triton.cdiv(channels, TILE), tokens, device=x.device)
+        name = "e5m6_pack_kernel"
         if x.numel():
             into, words = _words(packed, channels)
-            e5m6_kernels.e5m6_pack_kernel[(triton.cdiv(tokens, TOKENS), scales.shape[0])](
-                x, into, scales, tokens, channels, _bits(SMALLEST_AMAX), words, TOKENS
-            )
+            e5m6_kernels.e5m6_pack_kernel[(triton.cdiv(tokens, TOKENS[name]), scales.shape[0])](
+                x, into, scales, tokens, channels, _bits(SMALLEST_AMAX), words, TOKENS[name],
+                num_warps=WARPS[name],
+            )  # fmt: skip
         return Packed(packed, scales.t(), channels)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """BF16 [T, K]."""
         source, (tokens, channels) = packed.bytes.contiguous(), (packed.bytes.shape[0], packed.columns)
         y = torch.empty(tokens, channels, dtype=torch.bfloat16, device=source.device)
+        block = TOKENS["e5m6_unpack_kernel"]
         if y.numel():
             given, words = _words(source, channels)
-            e5m6_kernels.e5m6_unpack_kernel[(triton.cdiv(tokens, TOKENS), packed.scales.shape[1])](
-                given, packed.scales, y, tokens, channels, *packed.scales.stride(), words, TOKENS
+            e5m6_kernels.e5m6_unpack_kernel[(triton.cdiv(tokens, block), packed.scales.shape[1])](
+                given, packed.scales, y, tokens, channels, *packed.scales.stride(), words, block
             )
         return y
 

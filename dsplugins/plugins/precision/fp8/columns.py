@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import overload
 
@@ -27,10 +28,15 @@ class Columns(Sequence[Quantised]):
     splits: Sequence[int]
     """t of each run."""
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """p of each run."""
         return [whole(run) for run in self.splits]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The first token of each run, of P."""
+        return [0, *accumulate(self.lengths)]
 
     @property
     def channels(self) -> int:
@@ -39,8 +45,7 @@ class Columns(Sequence[Quantised]):
 
     def filled(self, run: int) -> Quantised:
         """A run as it lies there: codes [K, p] contiguous, scales [K, p / 128] one column after the other."""
-        starts, length = [0, *accumulate(self.lengths)], self.lengths[run]
-        start, channels = starts[run], self.channels
+        start, length, channels = self.starts[run], self.lengths[run], self.channels
         codes = self.codes[start * channels : (start + length) * channels].view(channels, length)
         return Quantised(codes, self.scales[start // TILE : (start + length) // TILE].t(), ROW)
 

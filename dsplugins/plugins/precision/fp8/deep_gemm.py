@@ -40,13 +40,13 @@ class DeepGemm(TritonCasts):
             only = weights.unbind()[0]
             self._kernels.fp8_gemm_nt((x.codes, x.scales), (only.codes, only.scales), y)
             return y
-        place, layout = _filled_up(tuple(splits), x.codes.device)
-        filled = _scattered(x, place, len(layout))
+        source, layout, place = _filled_up(tuple(splits), x.codes.device)
+        filled = x if place is None else _taken(x, source)
         y = torch.empty(len(layout), weights.codes.shape[1], dtype=dtype, device=x.codes.device)
         self._kernels.m_grouped_fp8_gemm_nt_contiguous(
             (filled.codes, filled.scales), (weights.codes, weights.scales), y, layout
         )
-        return y[place]
+        return y if place is None else y[place]
 
     def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised], into: torch.Tensor) -> None:
         """One expert after the other, by the dense kernel for two operands with scales in rows.
@@ -66,20 +66,24 @@ class DeepGemm(TritonCasts):
 
 
 @lru_cache(maxsize=16)
-def _filled_up(splits: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each token goes when runs are filled up to whole tiles, [T]; whose a row is then, int32 [P]."""
+def _filled_up(
+    splits: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """When runs are filled up to P rows of whole tiles: which token lies in each row, [P] (the first one
+    where there is none); whose it is, int32 [P]; the row of each token, [T], None where nothing is to fill.
+    """
     lengths = [whole(run) for run in splits]
     starts = [0, *accumulate(lengths)]
     place = torch.cat([torch.arange(start, start + run) for start, run in zip(starts, splits, strict=False)])
+    source = torch.zeros(starts[-1], dtype=torch.int64)
+    source[place] = torch.arange(len(place))
     layout = torch.full((starts[-1],), NOBODYS, dtype=torch.int32)
     layout[place] = torch.repeat_interleave(torch.arange(len(splits)), torch.tensor(splits)).int()
-    return place.to(device, non_blocking=True), layout.to(device, non_blocking=True)
+    where = None if list(splits) == lengths else place.to(device, non_blocking=True)
+    return source.to(device, non_blocking=True), layout.to(device, non_blocking=True), where
 
 
-def _scattered(x: Quantised, place: torch.Tensor, rows: int) -> Quantised:
-    """x [T, K] with its rows at `place` of [rows, K], and zeros elsewhere."""
-    codes = torch.zeros(rows, x.codes.shape[1], dtype=torch.uint8, device=place.device)
-    codes[place] = x.codes.view(torch.uint8)
-    scales = torch.ones(x.scales.shape[1], rows, device=place.device)
-    scales[:, place] = x.scales.t()
-    return Quantised(codes.view(E4M3), scales.t(), x.tile)
+def _taken(x: Quantised, source: torch.Tensor) -> Quantised:
+    """Rows `source` of x, with scales as the kernels want them."""
+    codes = x.codes.view(torch.uint8).index_select(0, source).view(E4M3)
+    return Quantised(codes, x.scales.t().index_select(1, source).t(), x.tile)

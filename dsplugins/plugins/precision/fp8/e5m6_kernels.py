@@ -8,24 +8,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsplugins.plugins.precision.fp8.kernels import TILE, magnitude, program_tiles, scale_of
+from dsplugins.plugins.precision.fp8.kernels import MAGNITUDE, TILE, magnitude, program_tiles, scale_of
 
 E5M6_TOP = tl.constexpr(65024.0)
-E5M6_NORMAL = tl.constexpr(2.0**-14)
-E5M6_GRID = tl.constexpr(12.0)
-"""Numbers about this large stand 2^-20 apart, as E5M6's subnormals do: adding it rounds to them."""
+E5M6_NORMAL = tl.constexpr(0x38800000)
+"""Bits of 2^-14, the smallest normal number."""
+E5M6_BIAS = tl.constexpr((127 - 15) << 6)
+"""What float32's exponent is larger by, where E5M6 has its own."""
+E5M6_GRID = tl.constexpr(8.0)
+"""From here on float32 numbers stand 2^-20 apart, as E5M6's subnormals do: adding it rounds to them."""
+E5M6_NAN = tl.constexpr(0x7E0)
 
 
 @triton.jit
 def e5m6_code(values: tl.tensor) -> tl.tensor:
-    """float32 -> 12 bits in an int32: FP16 without its last four bits, rounded to nearest, ties to even."""
+    """float32 -> 12 bits in an int32, rounded to nearest, ties to even; beyond the largest: NaN."""
     bits = values.to(tl.int32, bitcast=True)
-    normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) >> 17 << 17).to(tl.float32, bitcast=True)
-    small = (values + E5M6_GRID) - E5M6_GRID
-    nearest = tl.where(tl.abs(values) < E5M6_NORMAL, small, normal)
-    nearest = tl.where(values == values, nearest, values)  # NaN
-    unsigned = (nearest.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 4) & 0x7FF
-    return unsigned | ((bits >> 20) & 0x800)  # the sign of what became zero, too
+    size = bits & MAGNITUDE
+    normal = ((size + 0xFFFF + ((size >> 17) & 1)) >> 17) - E5M6_BIAS
+    small = (tl.abs(values) + E5M6_GRID).to(tl.int32, bitcast=True) & 0x7F
+    code = tl.where(size < E5M6_NORMAL, small, tl.minimum(normal, E5M6_NAN))
+    return code | ((bits >> 20) & 0x800)
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def e5m6_pack_kernel(
     token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(magnitude(values), axis=1), smallest, True, E5M6_TOP)
-    code = e5m6_code(tl.div_rn(values, scale[:, None]))
+    code = e5m6_code(values * tl.div_rn(1.0, scale)[:, None])  # exact: a power of two
     first, second = tl.split(tl.reshape(code, (BLOCK, TILE // 2, 2)))
     three = first | (second << 12)
     if WORDS:

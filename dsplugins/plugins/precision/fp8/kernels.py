@@ -30,12 +30,30 @@ def scale_of(
     largest: tl.tensor, smallest: tl.tensor, POWER_OF_TWO: tl.constexpr, BY: tl.constexpr = TOP
 ) -> tl.tensor:
     """The scale of a tile whose largest `magnitude` this is, but at least `smallest`, that takes it to BY."""
-    scale = tl.div_rn(tl.maximum(largest, smallest).to(tl.float32, bitcast=True), BY)
+    amax = tl.maximum(largest, smallest).to(tl.float32, bitcast=True)
+    scale = amax * (1.0 / BY)
+    rest = tl.fma(scale, -BY, amax)  # makes it what a division gives, as in `coded`
+    scale = tl.where(scale < float("inf"), tl.fma(rest, 1.0 / BY, scale), scale)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         up = ((bits + MANTISSA) >> MANTISSA_BITS) << MANTISSA_BITS
         scale = tl.where(bits < INFINITY, up, bits).to(tl.float32, bitcast=True)
     return scale
+
+
+@triton.jit
+def coded(values: tl.tensor, scale: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
+    """float32 values / scale as E4M3, rounded as a division is.
+
+    By a power of two that is a product with the reciprocal. Else the product's remainder is added once, which
+    makes it the division's result (Markstein, IBM J. Res. Dev. 34, 1990); an infinite scale leaves none.
+    """
+    reciprocal = tl.div_rn(1.0, scale)
+    quotient = values * reciprocal
+    if not POWER_OF_TWO:
+        divisor = tl.where(reciprocal == 0.0, 0.0, -scale)
+        quotient = tl.fma(tl.fma(quotient, divisor, values), reciprocal, quotient)
+    return quotient.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -67,7 +85,7 @@ def store_rows(
 ) -> None:
     """Quantise the tiles of `program_tiles`: codes where the numbers were, scales [tiles, tokens]."""
     scale = scale_of(tl.max(magnitude(values), axis=1), smallest, POWER_OF_TWO)
-    tl.store(codes + at, tl.div_rn(values, scale[:, None]).to(tl.float8e4nv), mask=inside)
+    tl.store(codes + at, coded(values, scale[:, None], POWER_OF_TWO), mask=inside)
     tl.store(scales + tile * tokens + token, scale, mask=token < tokens)
 
 
@@ -89,38 +107,86 @@ def rows_kernel(
 
 
 @triton.jit
-def program_columns(
-    tiles: tl.tensor, channels: tl.tensor, BLOCK: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """This program's BLOCK channels of a tile: channels, tokens, which tokens and which numbers are there."""
+def program_columns(tiles: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """This program's BLOCK channels, the first token of its tile, and how many tokens there are."""
     tile = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.load(tiles + tile * 4)
-    count = tl.load(tiles + tile * 4 + 1)
-    there = tl.arange(0, TILE) < count
-    return channel, first + tl.arange(0, TILE), there, there[:, None] & (channel[None, :] < channels)
+    return channel, tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
+
+
+@triton.jit
+def every_fourth(
+    first: tl.tensor, count: tl.tensor, channel: tl.tensor, channels: tl.tensor, WHICH: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Of a tile's tokens numbers WHICH, WHICH + 4, ...: which they are, which of them and which numbers are
+    there. Taken so, the four codes that make a word of a column are at one thread.
+    """
+    at = 4 * tl.arange(0, TILE // 4) + WHICH
+    there = at < count
+    return first + at, there, there[:, None] & (channel[None, :] < channels)
+
+
+@triton.jit
+def half_words(low: tl.tensor, high: tl.tensor, scale: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
+    """Codes of two tensors [n, BLOCK] by scale [BLOCK], side by side in an int32, as one instruction makes
+    them.
+    """
+    codes = coded(tl.join(low, high), scale[None, :, None], POWER_OF_TWO).to(tl.uint8, bitcast=True)
+    low, high = tl.split(codes)
+    return low.to(tl.int32) | (high.to(tl.int32) << 8)
 
 
 @triton.jit
 def store_columns(
-    values: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    d: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
     tiles: tl.tensor,
-    tile: tl.tensor,
     channel: tl.tensor,
     channels: tl.tensor,
     smallest: tl.tensor,
     POWER_OF_TWO: tl.constexpr,
 ) -> None:
-    """Quantise values [128 tokens, BLOCK channels] along the tokens, and put them down transposed."""
-    place = tl.multiple_of(tl.load(tiles + tile * 4 + 2), 128)  # so that many codes are stored at once
-    length = tl.multiple_of(tl.load(tiles + tile * 4 + 3), 128)
-    scale = scale_of(tl.max(magnitude(values), axis=0), smallest, POWER_OF_TWO)
-    coded = tl.div_rn(values, scale[None, :]).to(tl.float8e4nv)
-    there = codes + place + channel[:, None] * length + tl.arange(0, TILE)[None, :]
-    tl.store(there, tl.trans(coded), mask=(channel < channels)[:, None])
+    """Quantise values at tokens of `every_fourth`, each [32, BLOCK], along the tokens, and transpose them.
+
+    `codes` is int32: four tokens of a channel at once.
+    """
+    tile = tl.program_id(0)
+    place = tl.multiple_of(tl.load(tiles + tile * 4 + 2), 128) // 4
+    length = tl.multiple_of(tl.load(tiles + tile * 4 + 3), 128) // 4
+    largest = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
+    scale = scale_of(tl.max(largest, axis=0), smallest, POWER_OF_TWO)
+    word = half_words(a, b, scale, POWER_OF_TWO) | (half_words(c, d, scale, POWER_OF_TWO) << 16)
+    there = codes + place + channel[:, None] * length + tl.arange(0, TILE // 4)[None, :]
+    tl.store(there, tl.trans(word), mask=(channel < channels)[:, None])
     tl.store(scales + tile.to(tl.int64) * channels + channel, scale, mask=channel < channels)
+
+
+@triton.jit
+def column_values(
+    x: tl.tensor,
+    x_scales: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    channel: tl.tensor,
+    channels: tl.tensor,
+    token_stride: tl.tensor,
+    tile_stride: tl.tensor,
+    QUANTISED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHICH: tl.constexpr,
+) -> tl.tensor:
+    """A fourth of the tile's numbers, float32 [32, BLOCK]; see `columns_kernel`."""
+    token, there, inside = every_fourth(first, count, channel, channels, WHICH)
+    values = tl.load(x + token[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    if QUANTISED:
+        from_tile = tl.program_id(1) * BLOCK // TILE
+        at_scale = token * token_stride + from_tile * tile_stride
+        values *= tl.load(x_scales + at_scale, mask=there, other=0.0)[:, None]
+    return values
 
 
 @triton.jit
@@ -141,18 +207,24 @@ def columns_kernel(
     """Transpose x [tokens, channels] and quantise it along the tokens, in one go.
 
     A row of `tiles` (int64 [n, 4]) says of 128 tokens: the first, how many they are, where their codes go,
-    and how far the next channel's are from there; missing tokens become zeros. scales [n, channels].
-    QUANTISED: x holds codes, with a scale for each token and 128 channels at `x_scales`. A program: a tile of
-    tokens for BLOCK channels, a divisor of 128.
+    and how far the next channel's are from there; missing tokens become zeros. `codes` is int32, scales are
+    [n, channels]. QUANTISED: x holds codes, with a scale for each token and 128 channels at `x_scales`. A
+    program: a tile of tokens for BLOCK channels, a divisor of 128.
     """
-    tile = tl.program_id(0)
-    channel, token, there, inside = program_columns(tiles, channels, BLOCK)
-    values = tl.load(x + token[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    if QUANTISED:
-        from_tile = tl.program_id(1) * BLOCK // TILE
-        at_scale = token * token_stride + from_tile * tile_stride
-        values *= tl.load(x_scales + at_scale, mask=there, other=0.0)[:, None]
-    store_columns(values, codes, scales, tiles, tile, channel, channels, smallest, POWER_OF_TWO)
+    channel, first, count = program_columns(tiles, BLOCK)
+    a = column_values(
+        x, x_scales, first, count, channel, channels, token_stride, tile_stride, QUANTISED, BLOCK, 0
+    )
+    b = column_values(
+        x, x_scales, first, count, channel, channels, token_stride, tile_stride, QUANTISED, BLOCK, 1
+    )
+    c = column_values(
+        x, x_scales, first, count, channel, channels, token_stride, tile_stride, QUANTISED, BLOCK, 2
+    )
+    d = column_values(
+        x, x_scales, first, count, channel, channels, token_stride, tile_stride, QUANTISED, BLOCK, 3
+    )
+    store_columns(a, b, c, d, codes, scales, tiles, channel, channels, smallest, POWER_OF_TWO)
 
 
 @triton.jit
@@ -180,12 +252,12 @@ def blocks_kernel(
     at = row[:, None] * columns + column[None, :]
     values = tl.load(weight + matrix + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.max(magnitude(values), axis=1), axis=0), smallest, POWER_OF_TWO)
-    coded = tl.div_rn(values, tl.full((TILE, TILE), 1.0, tl.float32) * scale).to(tl.float8e4nv)
+    tile = coded(values, tl.full((TILE, TILE), 1.0, tl.float32) * scale, POWER_OF_TWO)
     if TRANSPOSED:
         there = column[:, None] * rows + row[None, :]
         within = (column[:, None] < columns) & (row[None, :] < rows)
-        tl.store(codes + matrix + there, tl.trans(coded), mask=within)
+        tl.store(codes + matrix + there, tl.trans(tile), mask=within)
         tl.store(scales + (expert * scale_down + across) * scale_across + down, scale)
     else:
-        tl.store(codes + matrix + at, coded, mask=inside)
+        tl.store(codes + matrix + at, tile, mask=inside)
         tl.store(scales + (expert * scale_down + down) * scale_across + across, scale)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import os
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsplugins.contracts import Problem
@@ -21,7 +26,10 @@ MULTIPLE = 16
 """Of each width of a matrix: rows of codes must start at multiples of 16 bytes."""
 DEEP_GEMM = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous")
 """What is called of it; its first releases, and other packages of that name, lack some."""
-GET_DEEP_GEMM = f"pip install 'dsplugins[deepgemm]' (other releases failed on torch 2.13); or {ANYWHERE}"
+GET_DEEP_GEMM = (
+    "install the release of sgl-deep-gemm that was built for this torch (0.1.5 for torch 2.11, 0.2.2 for "
+    f"torch 2.14); or {ANYWHERE}"
+)
 CUBLAS = (12, 9)
 """The CUDA release whose cuBLASLt scales by 1 x 128 and 128 x 128 tiles first."""
 
@@ -68,19 +76,37 @@ def _block_scaling(cuda: str | None) -> bool:
 
 def _deep_gemm(on_gpu: bool) -> Iterable[Problem]:
     """It builds and loads CUDA code on import: looked into only where there is a GPU."""
-    if importlib.util.find_spec("deep_gemm") is None:
+    spec = importlib.util.find_spec("deep_gemm")
+    if spec is None:
         yield _lacks("fp8_v3's backend deepgemm needs DeepGEMM, which isn't installed here", GET_DEEP_GEMM)
         return
     if not on_gpu:
         return
+    if said := _unbound(Path(spec.origin or "").parent):
+        yield _lacks(f"this deep_gemm was built for another torch: {said}", GET_DEEP_GEMM)
+        return
     try:
-        module = importlib.import_module("deep_gemm")
+        module = import_module("deep_gemm")
     except Exception as error:  # its loader raises what it likes
         yield _lacks(f"deep_gemm can't be imported: {type(error).__name__}: {error}", GET_DEEP_GEMM)
         return
     missing = [name for name in DEEP_GEMM if not hasattr(module, name)]
     if missing:
         yield _lacks(f"this deep_gemm has no {', '.join(missing)}", GET_DEEP_GEMM)
+
+
+def _unbound(folder: Path) -> str | None:
+    """What a deep_gemm's library misses in this torch; to be asked before it is imported. Its own loader goes
+    on without, and reads torch's structures as another version lays them out.
+    """
+    with suppress(ImportError):
+        import_module("tvm_ffi")  # needed as well; not installed: the import that follows will say so
+    for library in sorted(folder.glob("_C*.so")):
+        try:
+            ctypes.CDLL(str(library), mode=os.RTLD_NOW)
+        except OSError as error:
+            return str(error).partition(": ")[2] or str(error)
+    return None
 
 
 def _lacks(said: str, remedy: str) -> Problem:

@@ -11,11 +11,24 @@ import triton.language as tl
 
 from dsplugins.plugins.precision.fp8.kernels import (
     TILE,
+    every_fourth,
     program_columns,
     program_tiles,
     store_columns,
     store_rows,
 )
+
+
+@triton.jit
+def rounded(values: tl.tensor, NUMBERS: tl.constexpr) -> tl.tensor:
+    """float32 values to NUMBERS and back. To BF16 among integers, in ordinary instructions: a conversion of
+    single numbers takes as long as eight of those.
+    """
+    if tl.bfloat16 == NUMBERS:
+        bits = values.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        return tl.where(values == values, nearest, values)
+    return values.to(NUMBERS).to(tl.float32)
 
 
 @triton.jit
@@ -25,7 +38,13 @@ def numbers(
     """What codes [tokens, BLOCK] with a scale for each token stand for, rounded to NUMBERS, as float32."""
     coded = tl.load(codes, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(scales, mask=there, other=0.0)
-    return (coded * scale[:, None]).to(NUMBERS).to(tl.float32)
+    return rounded(coded * scale[:, None], NUMBERS)
+
+
+@triton.jit
+def over_sigmoid(y: tl.tensor, x: tl.tensor) -> tl.tensor:
+    """y / (1 + exp(-x)), to some units in the last place, of which rounding to BF16 leaves little."""
+    return y / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -46,11 +65,41 @@ def swiglu_rows_kernel(
     source = inner + at + token[:, None] * channels  # rows are twice as long there
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + channels, mask=inside, other=0.0).to(tl.float32)
-    values = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+    values = over_sigmoid(gate, gate) * up
     if HAS_PROBS:
         values *= tl.load(probs + token, mask=token < tokens, other=0.0).to(tl.float32)[:, None]
-    values = values.to(inner.dtype.element_ty).to(tl.float32)
+    values = rounded(values, inner.dtype.element_ty)
     store_rows(values, codes, scales, token, tile, at, inside, tokens, smallest, POWER_OF_TWO)
+
+
+@triton.jit
+def activated(
+    inner: tl.tensor,
+    inner_scales: tl.tensor,
+    probs: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    channel: tl.tensor,
+    channels: tl.tensor,
+    token_stride: tl.tensor,
+    tile_stride: tl.tensor,
+    HAS_PROBS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHICH: tl.constexpr,
+) -> tl.tensor:
+    """A fourth of the tile's activation, float32 [32, BLOCK]; see `swiglu_columns_kernel`."""
+    token, there, inside = every_fourth(first, count, channel, channels, WHICH)
+    from_tile = tl.program_id(1) * BLOCK // TILE
+    at = token[:, None] * (2 * channels) + channel[None, :]
+    at_scale = token * token_stride + from_tile * tile_stride
+    gate = numbers(inner + at, inner_scales + at_scale, inside, there, NUMBERS)
+    at_scale += channels // TILE * tile_stride
+    up = numbers(inner + at + channels, inner_scales + at_scale, inside, there, NUMBERS)
+    values = over_sigmoid(gate, gate) * up
+    if HAS_PROBS:
+        values *= tl.load(probs + token, mask=there, other=0.0).to(tl.float32)[:, None]
+    return rounded(values, NUMBERS)
 
 
 @triton.jit
@@ -75,19 +124,24 @@ def swiglu_columns_kernel(
     NUMBERS is the format that inner and the result are rounded to. `channels` is a multiple of 128, so that
     no tile of inner has both gates and ups.
     """
-    tile = tl.program_id(0)
-    channel, token, there, inside = program_columns(tiles, channels, BLOCK)
-    from_tile = tl.program_id(1) * BLOCK // TILE
-    at = token[:, None] * (2 * channels) + channel[None, :]
-    at_scale = token * token_stride + from_tile * tile_stride
-    gate = numbers(inner + at, inner_scales + at_scale, inside, there, NUMBERS)
-    at_scale += channels // TILE * tile_stride
-    up = numbers(inner + at + channels, inner_scales + at_scale, inside, there, NUMBERS)
-    values = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
-    if HAS_PROBS:
-        values *= tl.load(probs + token, mask=there, other=0.0).to(tl.float32)[:, None]
-    values = values.to(NUMBERS).to(tl.float32)
-    store_columns(values, codes, scales, tiles, tile, channel, channels, smallest, POWER_OF_TWO)
+    channel, first, count = program_columns(tiles, BLOCK)
+    a = activated(
+        inner, inner_scales, probs, first, count, channel, channels, token_stride, tile_stride,
+        HAS_PROBS, NUMBERS, BLOCK, 0,
+    )  # fmt: skip
+    b = activated(
+        inner, inner_scales, probs, first, count, channel, channels, token_stride, tile_stride,
+        HAS_PROBS, NUMBERS, BLOCK, 1,
+    )  # fmt: skip
+    c = activated(
+        inner, inner_scales, probs, first, count, channel, channels, token_stride, tile_stride,
+        HAS_PROBS, NUMBERS, BLOCK, 2,
+    )  # fmt: skip
+    d = activated(
+        inner, inner_scales, probs, first, count, channel, channels, token_stride, tile_stride,
+        HAS_PROBS, NUMBERS, BLOCK, 3,
+    )  # fmt: skip
+    store_columns(a, b, c, d, codes, scales, tiles, channel, channels, smallest, POWER_OF_TWO)
 
 
 @triton.jit
@@ -118,7 +172,7 @@ def swiglu_gradient_kernel(
     at_scale += channels // TILE * tile_stride
     up = numbers(inner + source + channels, inner_scales + at_scale, inside, there, dy.dtype.element_ty)
     gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.div_rn(1.0, 1.0 + tl.exp(-gate))
+    sigmoid = over_sigmoid(1.0, gate)
     silu = gate * sigmoid
     if HAS_PROBS:
         tl.store(dprobs + tile * tokens + token, tl.sum(gradient * silu * up, axis=1), mask=there)

@@ -65,7 +65,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=__file__))
 
 
 def test_hopper_lacks_nothing(gpu, monkeypatch):
@@ -90,6 +90,16 @@ def test_another_package_of_that_name(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(fp8_gemm_nt=print))
     (message,) = of_machine("deepgemm")
     assert message.startswith("this deep_gemm has no m_grouped_fp8_gemm_nt_contiguous")
+
+
+def test_a_library_for_another_torch(gpu, monkeypatch, tmp_path):
+    """Found before it is imported, where its loader would go on and read nonsense."""
+    (tmp_path / "__init__.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "_C.so").write_bytes(b"no library")
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: spec)
+    (message,) = of_machine("deepgemm")
+    assert message.startswith("this deep_gemm was built for another torch: ")
 
 
 def test_a_library_that_does_not_load(gpu, monkeypatch, tmp_path):

@@ -1,0 +1,57 @@
+"""Whether torch's cuDNN is the one that it was built with: another library may have loaded an older one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+from dsplugins.contracts import Plan, Problem
+
+ATTENTION = 91100
+"""The first cuDNN with attention for heads of 192 and 128, 9.11."""
+HOPPER = (9, 0)
+"""The first processor that it has kernels of these sizes for."""
+
+
+def mismatch() -> str | None:
+    """What torch says of a cuDNN that it doesn't take, once transformer_engine had a chance to load it."""
+    import torch
+
+    if importlib.util.find_spec("transformer_engine") is not None:
+        import transformer_engine.pytorch  # noqa: F401  (megatron-core imports it, too)
+    try:
+        torch.backends.cudnn.version()
+    except RuntimeError as error:
+        return str(error).splitlines()[0].partition(". PyTorch already")[0]
+    return None
+
+
+def remedy() -> str:
+    """How to have transformer_engine load torch's: it takes the system's unless CUDNN_HOME names another."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) / "cudnn" for folder in (spec and spec.submodule_search_locations) or ()]
+    home = next((str(folder) for folder in folders if folder.is_dir()), "FOLDER OF TORCH'S cuDNN")
+    return f"export CUDNN_HOME={home}, which transformer_engine then loads, too"
+
+
+def attention(key: str, plan: Plan) -> Iterable[Problem]:
+    """What stands against the option `key`, which takes cuDNN's attention."""
+    if plan.slots.get("platform") == "cpu":
+        said = f"{key}=cudnn needs CUDA, but the platform is cpu"
+        yield Problem(said, key, "leave it out, or platform cuda")
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        return  # told by the platform
+    if wrong := mismatch():
+        yield Problem(f"{key}=cudnn: {wrong}", key, remedy(), kind="environment")
+        return
+    found, version = torch.cuda.get_device_capability(), torch.backends.cudnn.version() or 0
+    if found < HOPPER or version < ATTENTION:
+        said = f"{key}=cudnn needs sm_90 and cuDNN 9.11, here are sm_{found[0]}{found[1]} and {version}"
+        yield Problem(said, key, "leave it at torch", kind="environment")
+
+
+__all__ = ["attention", "mismatch", "remedy"]
