@@ -1,9 +1,14 @@
-"""Whether torch's cuDNN is the one that it was built with: another library may have loaded an older one."""
+"""Whether torch's cuDNN is the one that it was built with.
+
+Where the system has another one, transformer_engine loads that for all, and torch calls it from then on.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from dsplugins.contracts import Plan, Problem
@@ -19,7 +24,8 @@ def mismatch() -> str | None:
     import torch
 
     if importlib.util.find_spec("transformer_engine") is not None:
-        import transformer_engine.pytorch  # noqa: F401  (megatron-core imports it, too)
+        with suppress(Exception):  # one that can't be imported has loaded nothing
+            importlib.import_module("transformer_engine.pytorch")
     try:
         torch.backends.cudnn.version()
     except RuntimeError as error:
@@ -28,11 +34,11 @@ def mismatch() -> str | None:
 
 
 def remedy() -> str:
-    """How to have transformer_engine load torch's: it takes the system's unless CUDNN_HOME names another."""
+    """How to have every library find the cuDNN that came with torch before the system's."""
     spec = importlib.util.find_spec("nvidia")
-    folders = [Path(folder) / "cudnn" for folder in (spec and spec.submodule_search_locations) or ()]
-    home = next((str(folder) for folder in folders if folder.is_dir()), "FOLDER OF TORCH'S cuDNN")
-    return f"export CUDNN_HOME={home}, which transformer_engine then loads, too"
+    folders = [Path(folder) / "cudnn" / "lib" for folder in (spec and spec.submodule_search_locations) or ()]
+    found = next((str(folder) for folder in folders if folder.is_dir()), "FOLDER OF TORCH'S cuDNN")
+    return f"export LD_LIBRARY_PATH={found}:$LD_LIBRARY_PATH before it starts"
 
 
 def attention(key: str, plan: Plan) -> Iterable[Problem]:

@@ -150,8 +150,9 @@ def _sums(run: Assembly, losses: Sequence[dict[str, torch.Tensor]], count: int) 
     MTPLossLoggingHelper.clean_metrics_in_tracker()
     if layout.world_size > 1:
         torch.distributed.all_reduce(sums)
-    loss, mtp, aux = sums[:3].tolist()
-    counts: Any = sums[3:].cpu().round().to(torch.int64).view_as(balance.counts) if balance.names else None
+    told = sums.cpu()  # the step's one wait for the device
+    loss, mtp, aux = told[:3].tolist()
+    counts: Any = told[3:].round().to(torch.int64).view_as(balance.counts) if balance.names else None
     return Sums(
         loss=loss,
         mtp_loss=mtp if run.settings.model.mtp_num_layers else None,

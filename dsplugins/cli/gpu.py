@@ -50,20 +50,23 @@ def gpu(
     """Time one GPU: a step beside a hand-written loop, V3's layers at full width, attention paths.
 
     With the backend torch_local, and with te where transformer_engine is installed. The MoE layer needs
-    100 GiB. OVERRIDES are dot keys for all parts. Exit code 1 if a part failed; the record says how.
+    100 GiB. OVERRIDES are dot keys for all parts. The record is written after each, and says what is left.
+    Exit code 1 if a part failed; the record says how.
     """
     from dsplugins import records
     from dsplugins.cli.columns import columns
     from dsplugins.experiments import gpu as experiment
 
     _needs_device(overrides)
-    with folder(kept, "gpu") as where:
-        where.mkdir(parents=True, exist_ok=True)
-        measured = [_measured(way, overrides, rounds, where) for way in experiment.ways(parts)]
-    found = experiment.results(measured, rounds, overrides)
     chosen = [f"--part {part}" for part in parts]
     line = ["dsplugins", "experiment", "gpu", *map(shlex.quote, overrides), "--rounds", str(rounds), *chosen]
-    path = records.write(out, "_".join(["gpu", *parts]), line, found)
+    ways, measured = list(experiment.ways(parts)), []
+    with folder(kept, "gpu") as where:
+        where.mkdir(parents=True, exist_ok=True)
+        for way in ways:
+            measured.append(_measured(way, overrides, rounds, where))
+            found = experiment.results(measured, rounds, overrides, ways[len(measured) :])
+            path = records.write(out, "_".join(["gpu", *parts]), line, found)
     click.echo(
         path.read_text() if as_json else f"{columns(experiment.table(found))}\n\n{path}", nl=not as_json
     )

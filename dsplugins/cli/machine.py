@@ -13,7 +13,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from dsplugins import apex
+from dsplugins import apex, cudnn
 
 
 def row(what: str, found: str, state: str, remedy: str = "") -> dict[str, str]:
@@ -37,6 +37,8 @@ def rows() -> Iterator[dict[str, str]]:
     yield _megatron()
     if cuda and importlib.util.find_spec("transformer_engine"):
         yield _transformer_engine()
+    if cuda:
+        yield _cudnn(torch)
     yield _apex()
     yield _duplicates()
 
@@ -102,6 +104,13 @@ def _transformer_engine() -> dict[str, str]:
         remedy = "pip install 'transformer-engine[pytorch]' for this CUDA, or uninstall it"
         return row("transformer_engine", said, "WRONG", remedy)
     return row("transformer_engine", "can be imported", "ok")
+
+
+def _cudnn(torch: Any) -> dict[str, str]:
+    """After transformer_engine, which may have loaded another one."""
+    if said := cudnn.mismatch():
+        return row("cuDNN", said, "WRONG", cudnn.remedy())
+    return row("cuDNN", str(torch.backends.cudnn.version() or "not in this torch"), "ok")
 
 
 def _apex() -> dict[str, str]:

@@ -106,12 +106,18 @@ def lacking(way: Way) -> str | None:
     """What this machine lacks for `way`: a library, or memory of its GPU."""
     import torch
 
+    from dsplugins import cudnn
+    from dsplugins.experiments.gpu_layer import alone
+
     library = LIBRARIES.get(way.backend)
     if library and importlib.util.find_spec(library) is None:
         return f"{library} is not installed"
     if way.format in OURS:
         for problem in _precision(way).lacks():
             return str(problem.message)
+    if BY_CUDNN in changes(way):
+        for problem in cudnn.attention("plugins.torch_local.attention", alone(changes(way))[2]):
+            return f"{problem.message}: {problem.remedy}"
     if way.part == "moe_layer" and torch.cuda.is_available():
         there = torch.cuda.get_device_properties(0).total_memory
         if there < NEEDED:
@@ -158,10 +164,16 @@ def measure(way: Way, overrides: Sequence[str], rounds: int, folder: Path) -> di
     return {**vars(way), **json.loads(answer.read_text())}
 
 
-def results(measured: Sequence[Mapping[str, Any]], rounds: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """What goes into the record."""
+def results(
+    measured: Sequence[Mapping[str, Any]],
+    rounds: int,
+    overrides: Sequence[str],
+    left: Sequence[Way] = (),
+) -> dict[str, Any]:
+    """What goes into the record; `left` is still to be measured."""
     return {
-        "holds": not any("failed" in row for row in measured),
+        "holds": not left and not any("failed" in row for row in measured),
+        "left": [str(way) for way in left],
         "card": card(),
         "rounds": rounds,
         "overrides": list(overrides),

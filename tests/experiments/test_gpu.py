@@ -195,6 +195,7 @@ def test_what_a_machine_lacks_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     said = {str(way): experiment.lacking(way) for way in experiment.ways()}
     assert said.pop("moe_layer, torch_local") == "needs 100 GiB of GPU memory, this one has 24"
     for name, reason in said.items():
@@ -237,6 +238,36 @@ def test_the_command_records_what_failed_and_ends_with_1(measured, tmp_path):
         "SIGKILL",
     ):
         assert told in done.output, told
+
+
+def test_parts_alone_and_what_is_left_when_it_is_stopped(measured, tmp_path, monkeypatch):
+    from dsplugins.cli.gpu import gpu
+
+    line = ["plugins.cuda=null", "plugins.cpu={}", "--out", str(tmp_path), "--part", "casts"]
+    done = CliRunner().invoke(gpu, [*line, "--part", "step"])
+    assert done.exit_code == 0 and "step, te: 0 s\n  skipped: no library" in done.output
+    record = json.loads((tmp_path / "gpu_casts_step.json").read_text())
+    assert [row["part"] for row in record["results"]["measured"]] == ["step", "step", "casts"]
+    assert record["results"]["left"] == [] and "--part casts --part step" in record["command"]
+
+    def stopped(way, overrides, rounds, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "measure", chosen(experiment.measure, stopped, at="step, te"))
+    assert CliRunner().invoke(gpu, [*line, "--part", "step"]).exit_code != 0
+    found = json.loads((tmp_path / "gpu_casts_step.json").read_text())["results"]
+    assert not found["holds"] and found["left"] == ["step, te", "casts, torch_local, fp8_v3 torch"]
+
+
+def chosen(first, second, at):
+    """`second` for the way of this name, else `first`."""
+    return lambda way, *more: (second if str(way) == at else first)(way, *more)
+
+
+def test_what_was_kept_is_not_measured_again(tmp_path):
+    way = experiment.Way("step", "torch_local")
+    (tmp_path / f"{way}.json").write_text('{"rounds": 7}')
+    assert experiment.measure(way, (), 1, tmp_path) == {**vars(way), "rounds": 7}
 
 
 def test_without_a_gpu_the_environment_is_unfit(measured, tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dsplugins.contracts import Plan, Problem, Settings
 from dsplugins.hookspecs import hookimpl
+from dsplugins.plugins.recompute.extension import left_over
 from dsplugins.words import size
 
 if TYPE_CHECKING:
@@ -62,14 +63,8 @@ class V3Recompute:
                 key="plugins.v3_recompute.mla_up_proj",
                 remedy="plugins.v3_recompute.mla_up_proj: false",
             )
-        missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
-        if self.options.mla_up_proj and missing:
-            yield Problem(
-                f"megatron-core compiles an extension for mla_up_proj, without {' and '.join(missing)} here",
-                key="plugins.v3_recompute.mla_up_proj",
-                remedy="install them, or plugins.v3_recompute.mla_up_proj: false",
-                kind="environment",
-            )
+        if self.options.mla_up_proj:
+            yield from _build_problems()
         if self.options.norms:
             yield from _norm_problems(config)
 
@@ -94,6 +89,18 @@ class V3Recompute:
         return {
             "saved": f"{size(saved)} of activations a micro-batch on rank 0, the outputs of {norms} norms"
         }
+
+
+def _build_problems() -> Iterable[Problem]:
+    """What would keep megatron-core from compiling its extension."""
+    key, otherwise = "plugins.v3_recompute.mla_up_proj", "plugins.v3_recompute.mla_up_proj: false"
+    missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
+    if missing:
+        said = f"megatron-core compiles an extension for mla_up_proj, without {' and '.join(missing)} here"
+        yield Problem(said, key, f"install them, or {otherwise}", kind="environment")
+    if lock := left_over():
+        said = f"a killed build of megatron-core's extension for mla_up_proj left {lock}: torch waits for it"
+        yield Problem(said, key, f"rm {lock}", kind="environment")
 
 
 def _norm_problems(config: MLATransformerConfig) -> Iterable[Problem]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
+from dsplugins.plugins.recompute import extension
 from dsplugins.plugins.recompute.v3_recompute import V3Recompute, V3RecomputeOptions
 from dsplugins.words import size
 
@@ -230,13 +233,24 @@ def problems(options: V3RecomputeOptions = NORMS_ONLY, **changes) -> list[str]:
     return [p.message for p in V3Recompute(options).ds_check(SimpleNamespace(), settings)]
 
 
-def test_problems(monkeypatch):
+def test_problems(monkeypatch, tmp_path):
     assert problems() == []
     assert (
         "recompute_modules" in problems(recompute_granularity="selective", recompute_modules=["layernorm"])[0]
     )
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     assert "recompute_granularity" in problems(**full)[0]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = extension.folder() / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert not problems(V3RecomputeOptions(), multi_latent_attention=True)  # someone is building
+    os.utime(lock, (0, 0))
+    monkeypatch.delattr(cpp_extension, "FileBaton", raising=False)
+    assert not problems(V3RecomputeOptions(), multi_latent_attention=True)  # torch asks the kernel
+    monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)
+    assert f"left {lock}" in problems(V3RecomputeOptions(), multi_latent_attention=True)[0]
+    lock.unlink()
     monkeypatch.setenv("PATH", "/nowhere")
     assert "ninja" in problems(V3RecomputeOptions(), multi_latent_attention=True)[0]
     dense = {"multi_latent_attention": False, "qk_layernorm": False}
