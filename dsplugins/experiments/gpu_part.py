@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import statistics
 import sys
@@ -181,8 +182,8 @@ def main(answer: Path, part: str, rounds: int, overrides: list[str]) -> None:
     quiet()
     import torch
 
-    from dsplugins.experiments import gpu_layer  # noqa: F401  (with it, all that takes seconds to import)
-
+    if torch.cuda.is_available():  # a CPU's platform comes before megatron-core
+        importlib.import_module("dsplugins.assemble")
     turn = (answer.parent / "turn").open("w")
     fcntl.flock(turn, fcntl.LOCK_EX)  # commands that share a folder share a GPU; ours until this process ends
     found = PARTS[part](overrides, rounds)

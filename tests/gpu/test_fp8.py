@@ -159,6 +159,21 @@ def test_weight_gradients_of_full_tiles_repeat_themselves(nccl, backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", [7168, 1040, 1043])
+def test_a_payload_is_the_cpu_s_to_the_bit(nccl, channels):
+    import torch
+
+    from dsplugins.plugins.dispatcher.fp8_payload import pack, unpack
+
+    x = (torch.randn(777, channels) * torch.logspace(-9, 4, channels)).bfloat16()
+    x[5, 3], x[64] = torch.inf, 0
+    here, there = pack(x), pack(x.to(nccl))
+    assert torch.equal(here, there.cpu())
+    back, wanted = unpack(there, channels, torch.bfloat16).cpu(), unpack(here, channels, torch.bfloat16)
+    assert torch.equal(back.nan_to_num(-1.0), wanted.nan_to_num(-1.0))
+
+
+@pytest.mark.gpu
 def test_tokens_are_packed_for_their_way_on_a_gpu(nccl, deterministic):
     """One GPU has no other to send to; what the dispatcher does before and after is done."""
     import torch

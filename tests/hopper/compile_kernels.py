@@ -1,4 +1,4 @@
-"""Compiles every kernel of `fp8_v3` for sm_90 down to a binary, without a GPU; prints what came out as JSON.
+"""Compiles all kernels of `fp8_v3` and `fp8_alltoall` for sm_90 down to a binary, without a GPU; prints JSON.
 
 In the forms in which `casts` starts them: each choice of a constant, sizes and pointers of multiples of 16,
 as a backend's widths are, and any. A process of its own: Triton's interpreter, which other tests use, leaves
@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from dsplugins.plugins.dispatcher import payload_casts, payload_kernels
 from dsplugins.plugins.precision.fp8 import casts, e5m6_kernels, kernels, swiglu_kernels
 
 TYPES = {
@@ -21,21 +22,20 @@ TYPES = {
     "weight": "*bf16", "dy": "*bf16", "dinner": "*bf16", "dprobs": "*fp32", "codes": "*fp8e4nv",
     "scales": "*fp32", "tiles": "*i64", "packed": "*u8", "y": "*bf16",
 }  # fmt: skip
-CHOICES = {
-    name: (False, True) for name in ("POWER_OF_TWO", "HAS_PROBS", "QUANTISED", "TRANSPOSED", "WORDS")
-} | {"NUMBERS": (tl.bfloat16, tl.float32)}
+FLAGS = ("POWER_OF_TWO", "HAS_PROBS", "QUANTISED", "TRANSPOSED", "WORDS", "ALIGNED")
+CHOICES = dict.fromkeys(FLAGS, (False, True)) | {"NUMBERS": (tl.bfloat16, tl.float32)}
 OUTSIDE = ("x", "inner", "weight", "dy", "dinner")
 """In BF16 above; in FP32 where `outside` is `fp32`."""
 OF_CODES = ("swiglu_columns_kernel", "swiglu_gradient_kernel")
 """Their `inner` is codes."""
-ANY_SIZE = ("smallest",)
-"""Bits of a number, and no size."""
+ANY_SIZE = ("smallest", "width")
+"""Bits of a number, and no size; a size of no multiple."""
 
 
 def block(name, constants):
     of_codes = name in OF_CODES or constants.get("QUANTISED")
     channels = casts.OF_CODES if of_codes else casts.CHANNELS
-    return channels if "columns" in name else casts.TOKENS[name]
+    return channels if "columns" in name else casts.TOKENS.get(name, payload_casts.TOKENS)
 
 
 def types(name, constants, wide):
@@ -64,7 +64,7 @@ def compiled(kernel, constants, wide, aligned):
     made = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": casts.WARPS.get(name, 4)}
     )
-    words = constants.get("WORDS", True)
+    words = constants.get("WORDS", True) and constants.get("ALIGNED", True)
     return {"ptx": made.asm["ptx"], "cubin_bytes": len(made.asm["cubin"]), "aligned": aligned and words}
 
 
@@ -77,13 +77,13 @@ def forms(kernel):
             constants["BLOCK"] = block(kernel.__name__, constants)
         yield constants, False, True
     yield constants, True, True
-    if not constants.get("WORDS"):
+    if not constants.get("WORDS") and not constants.get("ALIGNED"):
         yield constants, False, False
 
 
 there = {
     name: value
-    for module in (kernels, swiglu_kernels, e5m6_kernels)
+    for module in (kernels, swiglu_kernels, e5m6_kernels, payload_kernels)
     for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 }

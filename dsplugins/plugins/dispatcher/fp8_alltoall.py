@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,15 @@ class Fp8AllToAll:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
-        """What core's own order of things can't do here."""
-        return refused("fp8_alltoall", plan, settings)
+        """What core's own order of things can't do here, and kernels that aren't there."""
+        yield from refused("fp8_alltoall", plan, settings)
+        if plan.slots.get("platform") == "cuda" and importlib.util.find_spec("triton") is None:
+            yield Problem(
+                "fp8_alltoall needs triton on a GPU, which isn't installed here",
+                key="plugins.fp8_alltoall",
+                remedy="install a CUDA build of torch, which brings it along",
+                kind="environment",
+            )
 
     @hookimpl
     def ds_dispatcher(self, config: MLATransformerConfig) -> DispatcherFactory:

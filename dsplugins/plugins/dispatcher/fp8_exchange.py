@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import all_to_all
 
-from dsplugins.numerics.tiles import (
-    E4M3,
-    ROW,
-    SMALLEST_AMAX,
-    SMALLEST_GRADIENT,
-    TILE,
-    Quantised,
-    dequantise,
-    quantise,
-)
+from dsplugins.numerics.tiles import SMALLEST_AMAX, SMALLEST_GRADIENT, TILE
+from dsplugins.plugins.dispatcher.fp8_payload import pack, unpack
 from dsplugins.plugins.dispatcher.host_splits import AllToAllDispatcher
 
 
@@ -77,22 +69,7 @@ class FromExperts(torch.autograd.Function):
 
 def _in_fp8(rows: torch.Tensor, route: Route, smallest: float) -> torch.Tensor:
     """`rows` [T, H] rounded to E4M3 and brought to the experts, in the format that they had."""
-    arrived = unpack(route.there(pack(rows, smallest)), rows.shape[1])
-    return dequantise(arrived).to(rows.dtype)
-
-
-def pack(rows: torch.Tensor, smallest: float = SMALLEST_AMAX) -> torch.Tensor:
-    """uint8 [T, H + ceil(H / 128)]: codes of a row [H] and behind them the exponents of its scales (E8M0)."""
-    quantised = quantise(rows, ROW, power_of_two=True, smallest=smallest)
-    exponents = quantised.scales.to(torch.float8_e8m0fnu)
-    return torch.cat([quantised.codes.view(torch.uint8), exponents.view(torch.uint8)], dim=1)
-
-
-def unpack(packed: torch.Tensor, width: int) -> Quantised:
-    """What `pack` made of rows [T, `width`]."""
-    codes, exponents = packed.split([width, packed.shape[1] - width], dim=1)
-    scales = exponents.contiguous().view(torch.float8_e8m0fnu).float()
-    return Quantised(codes.contiguous().view(E4M3), scales, ROW)
+    return unpack(route.there(pack(rows, smallest)), rows.shape[1], rows.dtype)
 
 
 class Fp8AllToAllDispatcher(AllToAllDispatcher):

@@ -31,38 +31,57 @@ def test_layouts_agree_and_are_the_plain_sum_of_what_was_rounded(workers, expert
     assert all((wanted[name] - exact[name]).norm() > 1e-3 * exact[name].norm() for name in exact)
 
 
-@pytest.mark.parametrize("shape", [(5, 128), (3, 130), (0, 128), (1, 7), (2, 7168)])
-def test_a_row_is_its_codes_and_an_exponent_for_each_tile(shape):
-    from dsplugins.numerics.tiles import dequantise
-    from dsplugins.plugins.dispatcher.fp8_exchange import pack, unpack
+@pytest.fixture(params=["torch", "triton"])
+def payload(request):
+    """pack and unpack, as on a CPU and as on CUDA."""
+    from dsplugins.plugins.dispatcher import fp8_payload
 
+    if request.param == "torch":
+        return fp8_payload.pack, fp8_payload.unpack
+    pytest.importorskip("triton")
+    request.getfixturevalue("interpreted")
+    from dsplugins.plugins.dispatcher import payload_casts
+
+    return payload_casts.pack, payload_casts.unpack
+
+
+@pytest.mark.parametrize("shape", [(5, 128), (3, 130), (0, 128), (1, 7), (40, 1016), (2, 7168)])
+def test_a_row_is_its_codes_and_an_exponent_for_each_tile(payload, shape):
+    from dsplugins.numerics.tiles import SMALLEST_AMAX
+    from dsplugins.plugins.dispatcher import fp8_payload
+
+    pack, unpack = payload
     x = (torch.randn(shape) * torch.logspace(-9, 9, shape[0]).unsqueeze(1)).bfloat16()
-    packed = pack(x)
+    packed = pack(x, SMALLEST_AMAX)
+    assert torch.equal(packed, fp8_payload.pack(x))
     assert packed.dtype == torch.uint8 and packed.shape == (shape[0], shape[1] + -(-shape[1] // 128))
-    back = dequantise(unpack(packed, shape[1]))
+    back = unpack(packed, shape[1], torch.float32)
     assert torch.equal(back, rounded(x.float())) or not x.numel()
-    assert torch.equal(back, back.bfloat16().float()), "BF16 holds what arrives"
+    half = unpack(packed, shape[1], torch.bfloat16)
+    assert torch.equal(back, half.float()), "BF16 holds what arrives"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_arrives_as_such(bad):
-    from dsplugins.numerics.tiles import dequantise
-    from dsplugins.plugins.dispatcher.fp8_exchange import pack, unpack
+def test_what_is_not_finite_arrives_as_such(payload, bad):
+    from dsplugins.numerics.tiles import SMALLEST_AMAX
 
+    pack, unpack = payload
     x = torch.ones(2, 256)
     x[0, 5] = bad
-    back = dequantise(unpack(pack(x), 256))
+    back = unpack(pack(x, SMALLEST_AMAX), 256, torch.float32)
     assert not back[0, 5].isfinite() and torch.equal(back[1], x[1]) and torch.equal(back[0, 128:], x[0, 128:])
 
 
-def test_small_gradients_keep_their_digits():
+def test_small_gradients_keep_their_digits(payload):
     """A gradient is as small as the batch is large: no floor at 1e-4 for them."""
-    from dsplugins.numerics.tiles import SMALLEST_GRADIENT, dequantise
-    from dsplugins.plugins.dispatcher.fp8_exchange import pack, unpack
+    from dsplugins.numerics.tiles import SMALLEST_GRADIENT
 
+    pack, unpack = payload
     x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
-    small = dequantise(unpack(pack(x * 2.0**-40, SMALLEST_GRADIENT), 128))
-    assert torch.equal(small * 2.0**40, dequantise(unpack(pack(x, SMALLEST_GRADIENT), 128)))
+    small, same = (
+        unpack(pack(x * factor, SMALLEST_GRADIENT), 128, torch.float32) for factor in (2.0**-40, 1.0)
+    )
+    assert torch.equal(small * 2.0**40, same)
 
 
 def test_half_of_the_bytes_there_and_three_quarters_together(single):
@@ -108,3 +127,12 @@ def test_settings_and_problems():
         model = SimpleNamespace(moe_shared_expert_overlap=overlap)
         found = list(Fp8AllToAll().ds_check(PLAN, SimpleNamespace(model=model)))
         assert [problem.key for problem in found] == ["model.moe_shared_expert_overlap"] * overlap
+
+
+def test_a_gpu_without_triton_is_told(monkeypatch):
+    settings = SimpleNamespace(model=SimpleNamespace(moe_shared_expert_overlap=False))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for platform, told in (("cpu", 0), ("cuda", 1)):
+        plan = SimpleNamespace(slots={"platform": platform}, layout=Layout())
+        found = list(Fp8AllToAll().ds_check(plan, settings))
+        assert len(found) == told and all("needs triton" in problem.message for problem in found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsplugins.plugins.precision.fp8.kernels import MAGNITUDE, TILE, magnitude, program_tiles, scale_of
+from dsplugins.numerics.tile_kernels import MAGNITUDE, TILE, magnitude, program_tiles, scale_of
 
 E5M6_TOP = tl.constexpr(65024.0)
 E5M6_NORMAL = tl.constexpr(0x38800000)

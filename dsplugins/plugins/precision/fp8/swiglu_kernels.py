@@ -9,14 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsplugins.plugins.precision.fp8.kernels import (
-    TILE,
-    every_fourth,
-    program_columns,
-    program_tiles,
-    store_columns,
-    store_rows,
-)
+from dsplugins.numerics.tile_kernels import TILE, program_tiles
+from dsplugins.plugins.precision.fp8.kernels import every_fourth, program_columns, store_columns, store_rows
 
 
 @triton.jit
