@@ -75,7 +75,7 @@ def on_the_way(path: Path) -> dict[str, str]:
     noted: dict[str, list[str]] = {}
     for row in kept.rows(path / "changes.jsonl"):
         noted.setdefault(f"changed after step {row['after_step']}", []).extend(row["changes"])
-    return {key: json.dumps(changes) for key, changes in noted.items()}
+    return {key: "; ".join(changes) for key, changes in noted.items()}
 
 
 def between(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:

@@ -47,7 +47,7 @@ def build(cls: Any, values: Mapping[str, Any], prefix: str, who: str) -> tuple[A
                 )
                 problems.append(Problem(said, key, _remedy(cls, name, values[name])))
         elif field.default is MISSING and field.default_factory is MISSING:
-            problems.append(Problem(f"{key} is missing", key, _remedy(cls, name, None) or "set it"))
+            problems.append(Problem(f"{key} is missing", key, _wanted(_remedy(cls, name, None))))
     if problems:
         return None, problems
     try:
@@ -209,6 +209,13 @@ def _remedy(cls: type, name: str, value: Any) -> str:
     except ValueError:
         pass
     return field_docs(cls).get(name, "").split("\n")[0]
+
+
+def _wanted(told: str) -> str:
+    """What is to be set, after what its docstring says of it."""
+    if not told:
+        return "set it"
+    return f"set it: {told[0].lower() if told[1:2].islower() else told[0]}{told[1:]}"
 
 
 def field_docs(cls: type) -> dict[str, str]:

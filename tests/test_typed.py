@@ -132,7 +132,7 @@ def test_every_problem_is_told_with_key_and_remedy():
     }
     assert problems[0].message == "plugins.x.update_rat is not an option of x"
     missing = next(p for p in problems if p.key == "plugins.x.count")
-    assert "is missing" in missing.message and missing.remedy == "How many."
+    assert "is missing" in missing.message and missing.remedy == "set it: how many."
     assert len(problems) == 4
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from typing import Any
 
 import click
 
@@ -45,6 +46,16 @@ class Lazy(click.Group):
         if near and name not in COMMANDS and not name.startswith("-"):
             ctx.fail(f"there is no command {name}: did you mean {near[0]}?")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            key = error.option_name.lstrip("-")
+            if "." not in key:
+                raise
+            said = f"{error.message} A recipe's values are given without dashes: {key}=VALUE"
+            raise click.NoSuchOption(error.option_name, said, ctx=error.ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Row = tuple[str, Any, str]
 """Dotted key, value, who wrote it."""
+MANY = 1e6
+"""From here on a whole number is shown as such, whatever its type."""
 
 
 @click.command("explain")
@@ -132,5 +134,7 @@ def _yaml(value: Any) -> str:
 
     if isinstance(value, Schedule | Verbatim):
         return str(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) >= MANY:
+        return f"{value:.15g}"  # as train.tokens
     text = yaml.safe_dump(_plain(value), default_flow_style=True, width=float("inf"), sort_keys=False)
     return text.removesuffix("...\n").rstrip("\n")

@@ -72,6 +72,18 @@ def test_a_near_name_is_suggested():
     assert result.exit_code == 2 and "did you mean" not in result.output
 
 
+def test_a_value_that_is_given_as_an_option_is_told_how():
+    result = CliRunner().invoke(cli.group, ["check", "tiny.yaml", "--train.steps=40"])
+    assert result.exit_code == 2 and "without dashes: train.steps=VALUE" in result.output
+    result = CliRunner().invoke(cli.group, ["check", "tiny.yaml", "--qqq"])
+    assert result.exit_code == 2 and "dashes" not in result.output
+
+
+def test_large_numbers_are_explained_in_full():
+    result = CliRunner().invoke(cli.group, ["explain", "deepseek_v3/v3_671b.yaml", "train.tokens"])
+    assert "  14800000000000  [" in result.output
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
