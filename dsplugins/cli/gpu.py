@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def gpu(
     line = ["dsplugins", "experiment", "gpu", *map(shlex.quote, overrides), "--rounds", str(rounds), *chosen]
     ways, measured = list(experiment.ways(parts)), []
     with folder(kept, "gpu") as where:
-        where.mkdir(parents=True, exist_ok=True)
+        _begin(where, {"rounds": rounds, "overrides": list(overrides)})
         for way in ways:
             measured.append(_measured(way, overrides, rounds, where))
             found = experiment.results(measured, rounds, overrides, ways[len(measured) :])
@@ -71,6 +72,23 @@ def gpu(
         path.read_text() if as_json else f"{columns(experiment.table(found))}\n\n{path}", nl=not as_json
     )
     raise SystemExit(0 if found["holds"] else 1)
+
+
+def _begin(where: Path, asked: dict[str, Any]) -> None:
+    """Note what is measured in `where`, how and on which machine. Raises UsageError where numbers of another
+    kind lie there.
+    """
+    from dsplugins import records
+    from dsplugins.rundir import versions
+
+    now = asked | {"hardware": records.hardware(), "versions": versions()}
+    where.mkdir(parents=True, exist_ok=True)
+    note = where / "asked.json"
+    before = json.loads(note.read_text()) if note.exists() else now
+    if differing := [key for key in now if before.get(key) != now[key]]:
+        said = f"{where} holds numbers of another {' and '.join(differing)}"
+        raise click.UsageError(f"--kept: {said}: name another folder, or remove it")
+    note.write_text(json.dumps(now))
 
 
 def _measured(way: Any, overrides: Sequence[str], rounds: int, where: Path) -> dict[str, Any]:

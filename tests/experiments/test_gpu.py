@@ -264,6 +264,16 @@ def chosen(first, second, at):
     return lambda way, *more: (second if str(way) == at else first)(way, *more)
 
 
+def test_numbers_of_another_kind_are_not_taken(measured, tmp_path):
+    from dsplugins.cli.gpu import gpu
+
+    line = ["plugins.cuda=null", "plugins.cpu={}", "--part", "casts", "--out", str(tmp_path / "records")]
+    line += ["--kept", str(tmp_path / "kept")]
+    assert CliRunner().invoke(gpu, line).exit_code == CliRunner().invoke(gpu, line).exit_code == 0
+    done = CliRunner().invoke(gpu, [*line, "--rounds", "3"])
+    assert done.exit_code == 2 and "holds numbers of another rounds: name another folder" in done.output
+
+
 def test_what_was_kept_is_not_measured_again(tmp_path):
     way = experiment.Way("step", "torch_local")
     (tmp_path / f"{way}.json").write_text('{"rounds": 7}')

@@ -64,6 +64,20 @@ def test_rows(casts, tokens, channels, power_of_two, dtype):
         same(casts.rows(x, power_of_two, smallest), REFERENCE.rows(x, power_of_two, smallest))
 
 
+@pytest.mark.parametrize("smallest", [SMALLEST_AMAX, SMALLEST_GRADIENT])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_scales_and_codes_of_every_number_of_bf16(casts, power_of_two, smallest, monkeypatch):
+    """A division is made of products and their remainders: here by every largest number that a tile can have,
+    of a number a third as large, too.
+    """
+    import dsplugins.plugins.precision.fp8.casts as starts
+
+    monkeypatch.setattr(starts, "TOKENS", {"rows_kernel": 4096})
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = torch.stack([every, (every.float() / 3).bfloat16()], dim=1)
+    same(casts.rows(x, power_of_two, smallest), REFERENCE.rows(x, power_of_two, smallest))
+
+
 SPLITS = [70, 0, 130, 1]
 
 
