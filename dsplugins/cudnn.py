@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dsplugins.contracts import Plan, Problem
 
@@ -20,17 +21,33 @@ HOPPER = (9, 0)
 
 
 def mismatch() -> str | None:
-    """What torch says of a cuDNN that it doesn't take, once transformer_engine had a chance to load it."""
-    import torch
+    """What is wrong with the cuDNN that torch finds, once transformer_engine may have loaded another.
 
+    Not by `torch.backends.cudnn.version()`, which looks once in a process, and complains once.
+    """
     if importlib.util.find_spec("transformer_engine") is not None:
         with suppress(Exception):  # one that can't be imported has loaded nothing
             importlib.import_module("transformer_engine.pytorch")
+    found, built = _versions()
+    if found[0] == built[0] and found[1] >= built[1]:
+        return None
+    words = (".".join(map(str, version)) for version in (built, found))
+    return "torch was built with cuDNN {}, and finds {}".format(*words)
+
+
+def version() -> int:
+    """Of the one that torch finds now, such as 91900; 0 without."""
+    major, minor, patch = _versions()[0]
+    return 10_000 * major + 100 * minor + patch
+
+
+def _versions() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(the one that is found, the one that torch was built with); zeros where this torch has none."""
     try:
-        torch.backends.cudnn.version()
-    except RuntimeError as error:
-        return str(error).splitlines()[0].partition(". PyTorch already")[0]
-    return None
+        library: Any = importlib.import_module("torch._C._cudnn")
+    except ImportError:
+        return (0, 0, 0), (0, 0, 0)
+    return tuple(library.getRuntimeVersion()), tuple(library.getCompileVersion())
 
 
 def remedy() -> str:
@@ -54,10 +71,10 @@ def attention(key: str, plan: Plan) -> Iterable[Problem]:
     if wrong := mismatch():
         yield Problem(f"{key}=cudnn: {wrong}", key, remedy(), kind="environment")
         return
-    found, version = torch.cuda.get_device_capability(), torch.backends.cudnn.version() or 0
-    if found < HOPPER or version < ATTENTION:
-        said = f"{key}=cudnn needs sm_90 and cuDNN 9.11, here are sm_{found[0]}{found[1]} and {version}"
+    found = torch.cuda.get_device_capability()
+    if found < HOPPER or version() < ATTENTION:
+        said = f"{key}=cudnn needs sm_90 and cuDNN 9.11, here are sm_{found[0]}{found[1]} and {version()}"
         yield Problem(said, key, "leave it at torch", kind="environment")
 
 
-__all__ = ["attention", "mismatch", "remedy"]
+__all__ = ["attention", "mismatch", "remedy", "version"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from functools import lru_cache
@@ -43,4 +44,12 @@ def commit(folder: Path) -> str | None:
     return number.strip() + "+" * bool(changed)
 
 
-__all__ = ["commit", "source"]
+def fingerprint(folder: Path) -> str:
+    """Of all Python below `folder`: names and contents."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        found.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+__all__ = ["commit", "fingerprint", "source"]

@@ -150,7 +150,7 @@ def _sums(run: Assembly, losses: Sequence[dict[str, torch.Tensor]], count: int) 
     MTPLossLoggingHelper.clean_metrics_in_tracker()
     if layout.world_size > 1:
         torch.distributed.all_reduce(sums)
-    told = sums.cpu()  # the step's one wait for the device
+    told = sums.cpu()
     loss, mtp, aux = told[:3].tolist()
     counts: Any = told[3:].round().to(torch.int64).view_as(balance.counts) if balance.names else None
     return Sums(

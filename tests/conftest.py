@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent
 
-pytest_plugins = ["dsplugins.testing"]
+pytest_plugins = ["dsplugins.testing", "gpu_record"]
 LONGEST = (
     "test_resume.py",
     "test_resume_killed.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ import click
 
 from dsplugins.cli.experiment_runs import folder
 from dsplugins.experiments.gpu import PARTS
+
+NOTE = "asked.json"
+"""What the numbers of a folder are of."""
 
 
 @click.command("gpu")
@@ -25,7 +29,7 @@ from dsplugins.experiments.gpu import PARTS
     "parts",
     multiple=True,
     type=click.Choice(list(PARTS)),
-    help="Only this one; may be repeated. The record is then gpu_PART.json.",
+    help="Only this one; may be repeated. The record is then gpu_PART_PART.json.",
 )
 @click.option(
     "--kept",
@@ -59,6 +63,7 @@ def gpu(
     from dsplugins.experiments import gpu as experiment
 
     _needs_device(overrides)
+    parts = tuple(part for part in PARTS if part in parts)
     chosen = [f"--part {part}" for part in parts]
     line = ["dsplugins", "experiment", "gpu", *map(shlex.quote, overrides), "--rounds", str(rounds), *chosen]
     ways, measured = list(experiment.ways(parts)), []
@@ -75,20 +80,25 @@ def gpu(
 
 
 def _begin(where: Path, asked: dict[str, Any]) -> None:
-    """Note what is measured in `where`, how and on which machine. Raises UsageError where numbers of another
-    kind lie there.
+    """Note what is measured in `where`: how, by which code, on which machine. Raises UsageError where numbers
+    of another kind lie there. Commands that share a folder may begin at once.
     """
     from dsplugins import records
     from dsplugins.rundir import versions
+    from dsplugins.sources import fingerprint
 
-    now = asked | {"hardware": records.hardware(), "versions": versions()}
+    code = fingerprint(Path(__file__).parents[1])
+    now = asked | {"hardware": records.hardware(), "versions": versions(), "code": code}
     where.mkdir(parents=True, exist_ok=True)
-    note = where / "asked.json"
-    before = json.loads(note.read_text()) if note.exists() else now
+    note = where / NOTE
+    if not note.exists() and not any(where.glob("*.json")):
+        partial = where / f"{NOTE}.{os.getpid()}"
+        partial.write_text(json.dumps(now))
+        os.replace(partial, note)
+    before = json.loads(note.read_text()) if note.exists() else {}
     if differing := [key for key in now if before.get(key) != now[key]]:
         said = f"{where} holds numbers of another {' and '.join(differing)}"
         raise click.UsageError(f"--kept: {said}: name another folder, or remove it")
-    note.write_text(json.dumps(now))
 
 
 def _measured(way: Any, overrides: Sequence[str], rounds: int, where: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def rows() -> Iterator[dict[str, str]]:
     if cuda and importlib.util.find_spec("transformer_engine"):
         yield _transformer_engine()
     if cuda:
-        yield _cudnn(torch)
+        yield _cudnn()
     yield _apex()
     yield _duplicates()
 
@@ -106,11 +106,11 @@ def _transformer_engine() -> dict[str, str]:
     return row("transformer_engine", "can be imported", "ok")
 
 
-def _cudnn(torch: Any) -> dict[str, str]:
+def _cudnn() -> dict[str, str]:
     """After transformer_engine, which may have loaded another one."""
     if said := cudnn.mismatch():
         return row("cuDNN", said, "WRONG", cudnn.remedy())
-    return row("cuDNN", str(torch.backends.cudnn.version() or "not in this torch"), "ok")
+    return row("cuDNN", str(cudnn.version() or "not in this torch"), "ok")
 
 
 def _apex() -> dict[str, str]:

@@ -32,7 +32,7 @@ PLATFORMS, BACKENDS = ("cpu", "cuda"), ("torch_local", "te")
 LIBRARIES = {"te": "transformer_engine"}
 """Backend -> the library that it needs."""
 BY_CUDNN = "plugins.torch_local={attention: cudnn}"
-"""In parts with an attention block: what torch chooses takes as long as all else there several times over."""
+"""In the attention block: kernels that torch chooses would hide all else. The part `attention` has both."""
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "bf16": (),
     "fp8_v3 torch": ("plugins.bf16=null", "plugins.fp8_v3={backend: torch}"),
@@ -102,12 +102,9 @@ def swapped(recipe: str, choices: Sequence[str], wanted: str) -> Iterator[str]:
         yield f"plugins.{wanted}={{}}"
 
 
-def lacking(way: Way) -> str | None:
+def lacking(way: Way, overrides: Sequence[str] = ()) -> str | None:
     """What this machine lacks for `way`: a library, or memory of its GPU."""
     import torch
-
-    from dsplugins import cudnn
-    from dsplugins.experiments.gpu_layer import alone
 
     library = LIBRARIES.get(way.backend)
     if library and importlib.util.find_spec(library) is None:
@@ -115,13 +112,27 @@ def lacking(way: Way) -> str | None:
     if way.format in OURS:
         for problem in _precision(way).lacks():
             return str(problem.message)
-    if BY_CUDNN in changes(way):
-        for problem in cudnn.attention("plugins.torch_local.attention", alone(changes(way))[2]):
-            return f"{problem.message}: {problem.remedy}"
+    if reason := _no_cudnn(way, overrides):
+        return reason
     if way.part == "moe_layer" and torch.cuda.is_available():
         there = torch.cuda.get_device_properties(0).total_memory
         if there < NEEDED:
             return f"needs {NEEDED / 2**30:.0f} GiB of GPU memory, this one has {there / 2**30:.0f}"
+    return None
+
+
+def _no_cudnn(way: Way, overrides: Sequence[str]) -> str | None:
+    """Why cuDNN's attention, which the attention block takes unless an override says otherwise, can't be."""
+    from dsplugins import cudnn
+    from dsplugins.experiments.gpu_layer import alone
+
+    if BY_CUDNN not in changes(way):
+        return None
+    _, plugins, plan = alone([*changes(way), *overrides])
+    chosen: Any = next(item.plugin for item in plugins if item.slot == "backend")
+    if chosen.options.attention == "cudnn":
+        for problem in cudnn.attention("plugins.torch_local.attention", plan):
+            return f"{problem.message}: {problem.remedy}"
     return None
 
 
@@ -150,7 +161,7 @@ def measure(way: Way, overrides: Sequence[str], rounds: int, folder: Path) -> di
     from dsplugins import environment
     from dsplugins.launcher import run_local
 
-    if reason := lacking(way):
+    if reason := lacking(way, overrides):
         return {**vars(way), "skipped": reason}
     answer = folder / f"{way}.json"
     if answer.exists():
@@ -211,6 +222,8 @@ def card() -> dict[str, Any]:
     """What the numbers depend on beside the GPU's name; empty without one."""
     import torch
 
+    from dsplugins import cudnn
+
     if not torch.cuda.is_available():
         return {}
     properties = torch.cuda.get_device_properties(0)
@@ -219,7 +232,7 @@ def card() -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "processors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": cudnn.version(),
     }
 
 

@@ -195,7 +195,7 @@ def test_what_a_machine_lacks_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr("dsplugins.cudnn._versions", lambda: ((9, 19, 0), (9, 19, 0)))
     said = {str(way): experiment.lacking(way) for way in experiment.ways()}
     assert said.pop("moe_layer, torch_local") == "needs 100 GiB of GPU memory, this one has 24"
     for name, reason in said.items():
@@ -246,16 +246,16 @@ def test_parts_alone_and_what_is_left_when_it_is_stopped(measured, tmp_path, mon
     line = ["plugins.cuda=null", "plugins.cpu={}", "--out", str(tmp_path), "--part", "casts"]
     done = CliRunner().invoke(gpu, [*line, "--part", "step"])
     assert done.exit_code == 0 and "step, te: 0 s\n  skipped: no library" in done.output
-    record = json.loads((tmp_path / "gpu_casts_step.json").read_text())
+    record = json.loads((tmp_path / "gpu_step_casts.json").read_text())
     assert [row["part"] for row in record["results"]["measured"]] == ["step", "step", "casts"]
-    assert record["results"]["left"] == [] and "--part casts --part step" in record["command"]
+    assert record["results"]["left"] == [] and "--part step --part casts" in record["command"]
 
     def stopped(way, overrides, rounds, folder):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "measure", chosen(experiment.measure, stopped, at="step, te"))
     assert CliRunner().invoke(gpu, [*line, "--part", "step"]).exit_code != 0
-    found = json.loads((tmp_path / "gpu_casts_step.json").read_text())["results"]
+    found = json.loads((tmp_path / "gpu_step_casts.json").read_text())["results"]
     assert not found["holds"] and found["left"] == ["step, te", "casts, torch_local, fp8_v3 torch"]
 
 
@@ -272,6 +272,10 @@ def test_numbers_of_another_kind_are_not_taken(measured, tmp_path):
     assert CliRunner().invoke(gpu, line).exit_code == CliRunner().invoke(gpu, line).exit_code == 0
     done = CliRunner().invoke(gpu, [*line, "--rounds", "3"])
     assert done.exit_code == 2 and "holds numbers of another rounds: name another folder" in done.output
+    (tmp_path / "kept" / "asked.json").unlink()
+    (tmp_path / "kept" / "casts.json").write_text("{}")
+    done = CliRunner().invoke(gpu, line)
+    assert done.exit_code == 2 and "hardware and versions and code" in done.output
 
 
 def test_what_was_kept_is_not_measured_again(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 # In BF16 the weights of a softmax and the result are rounded, 2e-3 each; gradients pass through both twice.
@@ -45,17 +47,11 @@ def test_paths_are_really_chosen_on_the_cpu(workers):
 
 def missing(path):
     """Why torch has no such kernel for these sizes on this card, or None."""
-    import torch
-
     from dsplugins import cudnn
 
-    if path == "cudnn" and (said := cudnn.mismatch()):
-        return f"{said}: {cudnn.remedy()}"
-    if path != "cudnn":
-        return None
-    capability, version = torch.cuda.get_device_capability(), torch.backends.cudnn.version() or 0
-    if capability < (9, 0) or version < 91100:
-        return f"cuDNN attention of 192 and 128 needs sm_90 and cuDNN 9.11, here {capability}, {version}"
+    if path == "cudnn":
+        for problem in cudnn.attention("attention", SimpleNamespace(slots={"platform": "cuda"})):
+            return f"{problem.message}: {problem.remedy}"
     return None
 
 

@@ -25,7 +25,7 @@ class TorchLocalOptions:
     """Whose kernels make the norms: torch's, or the fused ones of NVIDIA's apex, on GPUs."""
     attention: Literal["torch", "cudnn"] = "torch"
     """Whose kernels are core attention on a GPU: those that torch chooses, for MLA's two head sizes the
-    memory-efficient ones, or cuDNN's, on Hopper with cuDNN 9.11, which are several times as fast."""
+    memory-efficient ones, or cuDNN's, on Hopper with cuDNN 9.11."""
     fused_weight_gradient: bool = False
     """Add the weight gradient of a linear to its FP32 buffer inside the product, by a kernel of NVIDIA's apex
     (`model.gradient_accumulation_fusion`), on GPUs. Core's linears only, not packed experts."""

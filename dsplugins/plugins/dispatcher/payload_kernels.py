@@ -1,7 +1,7 @@
 """The payload of `fp8_alltoall` as Triton kernels: rows to bytes and back, each in one pass.
 
-The bytes of `fp8_payload`, to the bit. `payload_casts` starts them. Imported from hook bodies only: it needs
-triton, but no GPU.
+The bytes of `fp8_payload`, but for the codes of NaN. `payload_casts` starts them. Imported from hook bodies
+only: it needs triton, but no GPU.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsplugins.numerics.tile_kernels import MAGNITUDE, TILE, magnitude, program_tiles, scale_of
+from dsplugins.numerics.tile_kernels import INFINITY, MAGNITUDE, TILE, magnitude, program_tiles, scale_of
 
 E5M6_TOP = tl.constexpr(65024.0)
 E5M6_NORMAL = tl.constexpr(0x38800000)
@@ -17,17 +17,19 @@ E5M6_BIAS = tl.constexpr((127 - 15) << 6)
 """What float32's exponent is larger by, where E5M6 has its own."""
 E5M6_GRID = tl.constexpr(8.0)
 """From here on float32 numbers stand 2^-20 apart, as E5M6's subnormals do: adding it rounds to them."""
-E5M6_NAN = tl.constexpr(0x7E0)
+E5M6_INFINITY, E5M6_NAN = tl.constexpr(0x7C0), tl.constexpr(0x7E0)
 
 
 @triton.jit
 def e5m6_code(values: tl.tensor) -> tl.tensor:
-    """float32 -> 12 bits in an int32, rounded to nearest, ties to even; beyond the largest: NaN."""
+    """float32 -> 12 bits in an int32, rounded to nearest, ties to even; beyond the largest: infinity."""
     bits = values.to(tl.int32, bitcast=True)
     size = bits & MAGNITUDE
-    normal = ((size + 0xFFFF + ((size >> 17) & 1)) >> 17) - E5M6_BIAS
+    number = tl.minimum(size, INFINITY)  # rounding a NaN up would carry into the sign
+    normal = ((number + 0xFFFF + ((number >> 17) & 1)) >> 17) - E5M6_BIAS
     small = (tl.abs(values) + E5M6_GRID).to(tl.int32, bitcast=True) & 0x7F
-    code = tl.where(size < E5M6_NORMAL, small, tl.minimum(normal, E5M6_NAN))
+    code = tl.where(size < E5M6_NORMAL, small, tl.minimum(normal, E5M6_INFINITY))
+    code = tl.where(size > INFINITY, E5M6_NAN, code)
     return code | ((bits >> 20) & 0x800)
 
 

@@ -82,8 +82,8 @@ def _deep_gemm(on_gpu: bool) -> Iterable[Problem]:
         return
     if not on_gpu:
         return
-    if said := _unbound(Path(spec.origin or "").parent):
-        yield _lacks(f"this deep_gemm was built for another torch: {said}", GET_DEEP_GEMM)
+    if said := _unfit(spec.submodule_search_locations or ()):
+        yield _lacks(f"this deep_gemm {said}", GET_DEEP_GEMM)
         return
     try:
         module = import_module("deep_gemm")
@@ -95,17 +95,18 @@ def _deep_gemm(on_gpu: bool) -> Iterable[Problem]:
         yield _lacks(f"this deep_gemm has no {', '.join(missing)}", GET_DEEP_GEMM)
 
 
-def _unbound(folder: Path) -> str | None:
-    """What a deep_gemm's library misses in this torch; to be asked before it is imported. Its own loader goes
-    on without, and reads torch's structures as another version lays them out.
+def _unfit(folders: Iterable[str]) -> str | None:
+    """What is wrong with a deep_gemm's library; to be asked before it is imported. Its own loader goes on
+    where this torch lacks a function, and reads torch's structures as another version lays them out.
     """
     with suppress(ImportError):
-        import_module("tvm_ffi")  # needed as well; not installed: the import that follows will say so
-    for library in sorted(folder.glob("_C*.so")):
+        import_module("tvm_ffi")  # which it needs; where that is missing, loading says so
+    for library in (file for folder in folders for file in sorted(Path(folder).glob("_C*.so"))):
         try:
             ctypes.CDLL(str(library), mode=os.RTLD_NOW)
         except OSError as error:
-            return str(error).partition(": ")[2] or str(error)
+            other = "was built for another torch" if "undefined symbol" in str(error) else "can't be loaded"
+            return f"{other}: {error}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -65,7 +66,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=__file__))
+    monkeypatch.setattr(
+        needs.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=None)
+    )
 
 
 def test_hopper_lacks_nothing(gpu, monkeypatch):
@@ -92,14 +95,34 @@ def test_another_package_of_that_name(gpu, monkeypatch):
     assert message.startswith("this deep_gemm has no m_grouped_fp8_gemm_nt_contiguous")
 
 
-def test_a_library_for_another_torch(gpu, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("told", "as_what"),
+    [
+        ("/x/_C.so: undefined symbol: _ZN3c104cuda19CUDAErrorLogCaptureC1Ev", "was built for another torch"),
+        ("libnvrtc.so.13: cannot open shared object file: No such file", "can't be loaded"),
+    ],
+)
+def test_a_library_for_another_torch(gpu, monkeypatch, tmp_path, told, as_what):
     """Found before it is imported, where its loader would go on and read nonsense."""
     (tmp_path / "__init__.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "_C.so").touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: spec)
+
+    def refuse(library, mode):
+        assert library == str(tmp_path / "_C.so") and mode == os.RTLD_NOW
+        raise OSError(told)
+
+    monkeypatch.setattr(needs.ctypes, "CDLL", refuse)
+    assert of_machine("deepgemm") == [f"this deep_gemm {as_what}: {told}"]
+
+
+def test_what_is_no_library_is_told(gpu, monkeypatch, tmp_path):
     (tmp_path / "_C.so").write_bytes(b"no library")
-    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: spec)
     (message,) = of_machine("deepgemm")
-    assert message.startswith("this deep_gemm was built for another torch: ")
+    assert message.startswith("this deep_gemm can't be loaded: ") and "_C.so" in message
 
 
 def test_a_library_that_does_not_load(gpu, monkeypatch, tmp_path):
