@@ -20,8 +20,8 @@ DERIVED_FROM = {
     "model.sequence_parallel": "parallel.tensor",
 }
 """Megatron field that the layout gives -> the recipe's key for it."""
-LIBRARY = "transformer-engine"
-"""As megatron-core calls it where it misses it."""
+LIBRARY = re.compile(r"transformer-engine|install TE\b")
+"""As megatron-core calls TransformerEngine where it misses it."""
 
 
 def refusal(said: str, section: str, values: Mapping[str, Any], writers: Mapping[str, str]) -> Problem:
@@ -33,7 +33,7 @@ def refusal(said: str, section: str, values: Mapping[str, Any], writers: Mapping
     """
     said = " ".join(said.split())
     problem = _placed(said, section, values, writers)
-    if LIBRARY in said and importlib.util.find_spec(LIBRARY.replace("-", "_")) is None:
+    if LIBRARY.search(said) and importlib.util.find_spec("transformer_engine") is None:
         remedy = "pip install 'dsplugins[te]' on a machine with CUDA"
         return replace(problem, remedy=remedy, kind="environment")
     return problem

@@ -54,3 +54,15 @@ def test_every_field_of_the_layout_leads_to_a_key_of_parallel():
 
     derived = _derived(SimpleNamespace(layout=Layout(virtual_pipeline=2)))
     assert set(derived) - {"model.moe_router_enable_expert_bias"} == set(DERIVED_FROM)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["fused permutation is not available. Please install TE >= 2.1.0.", "Only transformer-engine>=1.7.0"],
+)
+def test_a_library_that_megatron_misses_is_no_fault_of_the_recipe(said, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    problem = refusal(said, "model", VALUES, WRITERS)
+    assert problem.kind == "environment" and "dsplugins[te]" in problem.remedy
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert refusal(said, "model", VALUES, WRITERS).kind == "recipe"

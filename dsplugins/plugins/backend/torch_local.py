@@ -54,9 +54,10 @@ class TorchLocal:
 
     @hookimpl
     def ds_settings(self, plan: Plan) -> Mapping[str, object]:
-        """Tells core, which otherwise assumes TransformerEngine."""
+        """Tells core, which otherwise assumes TransformerEngine, and takes none of its kernels."""
         return {
             "model.transformer_impl": "local",
+            "model.moe_permute_fusion": False,
             "model.persist_layer_norm": False,
             "model.gradient_accumulation_fusion": self.options.fused_weight_gradient,
         }
