@@ -91,7 +91,8 @@ def test_one_thread_a_worker(workers):
 def test_models_do_not_pile_up_with_their_groups(workers):
     (counted,) = workers(1).run(threads_of_the_process_after_runs)
     # A model has some 20 process groups of three threads each; the last one is freed by the next.
-    assert counted[-1] <= counted[0], counted
+    # Some other thread may come or go meanwhile: what must not stay is a model's worth of them, three times.
+    assert counted[-1] - counted[0] < 20, counted
 
 
 def test_single_is_a_world_of_one(single):

@@ -36,9 +36,10 @@ def fma(self, x, y, z):
     from triton.runtime.interpreter import TensorHandle
 
     product, other = x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(np.float64)
-    total = product + other
-    part = total - product
-    rest = (product - (total - part)) + (other - part)  # what rounding took from the sum
+    with np.errstate(invalid="ignore"):  # infinities and NaN go through
+        total = product + other
+        part = total - product
+        rest = (product - (total - part)) + (other - part)  # what rounding took from the sum
     even = np.isfinite(rest) & (rest != 0) & (np.ascontiguousarray(total).view(np.int64) % 2 == 0)
     total = np.where(even, np.nextafter(total, np.copysign(np.inf, rest)), total)
     return TensorHandle(total.astype(np.float32), z.dtype.scalar)
