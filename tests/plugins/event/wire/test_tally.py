@@ -153,7 +153,7 @@ def test_no_operator_of_torch_is_forgotten():
         name.removeprefix("c10d::") for name in torch._C._dispatch_get_all_op_names() if "c10d::" in name
     }
     there = {name for name in there if not name.startswith("_c10d_functional")}
-    assert there - set(READINGS) == {"check_for_nan"}
+    assert there - set(READINGS) <= {"check_for_nan"}
     assert set(READINGS) - there <= {"gather_into_tensor_"}, "newer than the oldest torch that is supported"
 
 

@@ -220,7 +220,8 @@ def test_nothing_is_kept_or_watched_where_no_backward_follows():
 def test_what_a_linear_keeps_for_backward_in_bytes(name, bytes_each):
     """Of BF16's two: codes and a scale for each 128; after attention three bytes for two numbers."""
     x, w = drawn(64, 256).bfloat16().requires_grad_(), drawn(32, 256, seed=1).requires_grad_()
-    kept = Fp8Product.apply(x, w, rule_for(name, False, Choice()), None, None).grad_fn.saved_tensors
+    y = Fp8Product.apply(x, w, rule_for(name, False, Choice()), None, None)
+    kept = y.grad_fn.saved_tensors
     assert sum(t.numel() * t.element_size() for t in kept) == 64 * 256 * bytes_each
 
 
@@ -228,7 +229,8 @@ def test_what_an_expert_keeps_for_backward_in_bytes():
     """SwiGLU's input in a byte a number, and the router's weight; nothing of what comes out of it."""
     inner, probs = drawn(64, 512).bfloat16().requires_grad_(), torch.rand(64)
     w = drawn(32, 256, seed=1).requires_grad_()
-    kept = SwigluDown.apply(inner, probs, w, [64], rule_for("fc2", True, Choice())).grad_fn.saved_tensors
+    y = SwigluDown.apply(inner, probs, w, [64], rule_for("fc2", True, Choice()))
+    kept = y.grad_fn.saved_tensors
     assert sum(t.numel() * t.element_size() for t in kept) == 64 * (512 * (1 + 4 / 128) + 4)
 
 
