@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from dsplugins.cli.experiment_runs import folder
-from dsplugins.experiments.gpu import PARTS
+from dsplugins.experiments import gpu as experiment
 
 NOTE = "asked.json"
 """What the numbers of a folder are of."""
@@ -28,7 +28,7 @@ NOTE = "asked.json"
     "--part",
     "parts",
     multiple=True,
-    type=click.Choice(list(PARTS)),
+    type=click.Choice(list(experiment.PARTS)),
     help="Only this one; may be repeated. The record is then gpu_PART_PART.json.",
 )
 @click.option(
@@ -60,10 +60,9 @@ def gpu(
     """
     from dsplugins import records
     from dsplugins.cli.columns import columns
-    from dsplugins.experiments import gpu as experiment
 
     _needs_device(overrides)
-    parts = tuple(part for part in PARTS if part in parts)
+    parts = tuple(part for part in experiment.PARTS if part in parts)
     chosen = [f"--part {part}" for part in parts]
     line = ["dsplugins", "experiment", "gpu", *map(shlex.quote, overrides), "--rounds", str(rounds), *chosen]
     ways, measured = list(experiment.ways(parts)), []
@@ -101,10 +100,8 @@ def _begin(where: Path, asked: dict[str, Any]) -> None:
         raise click.UsageError(f"--kept: {said}: name another folder, or remove it")
 
 
-def _measured(way: Any, overrides: Sequence[str], rounds: int, where: Path) -> dict[str, Any]:
+def _measured(way: experiment.Way, overrides: Sequence[str], rounds: int, where: Path) -> dict[str, Any]:
     """The numbers of `way`, told on stderr as they come."""
-    from dsplugins.experiments import gpu as experiment
-
     began = time.monotonic()
     row = experiment.measure(way, overrides, rounds, where)
     click.echo(f"{way}: {time.monotonic() - began:.0f} s", err=True)
@@ -116,11 +113,10 @@ def _measured(way: Any, overrides: Sequence[str], rounds: int, where: Path) -> d
 def _needs_device(overrides: Sequence[str]) -> None:
     """Raise EnvironmentUnfit, before anything starts, where the platform lacks its device."""
     from dsplugins.contracts import EnvironmentUnfit
-    from dsplugins.experiments.gpu import STEP, Way, changes
     from dsplugins.plan import prepare
     from dsplugins.recipe import Recipe
 
-    way = Way("step", "torch_local")
-    plugins, plan = prepare(Recipe.load(STEP, [*changes(way), *overrides]))
+    way = experiment.Way("step", "torch_local")
+    plugins, plan = prepare(Recipe.load(experiment.STEP, [*experiment.changes(way), *overrides]))
     for problem in plugins.slot("platform", plan=plan).problems(1):
         raise EnvironmentUnfit(f"{problem.message}: {problem.remedy}")

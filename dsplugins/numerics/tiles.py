@@ -7,6 +7,7 @@ The scale that is kept multiplies the codes. Imported from hook bodies only: it 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,6 +104,11 @@ def scale_of(
     bits = scale.view(torch.int32)
     up = (bits + MANTISSA) >> MANTISSA_BITS << MANTISSA_BITS
     return torch.where(bits < INFINITY, up, bits).view(torch.float32)
+
+
+def bits_of(number: float) -> int:
+    """Those of a float32 as an integer: a kernel is given the smallest amax so."""
+    return int(struct.unpack("<i", struct.pack("<f", number))[0])
 
 
 def spread(scales: torch.Tensor, tile: tuple[int, int], shape: torch.Size) -> torch.Tensor:

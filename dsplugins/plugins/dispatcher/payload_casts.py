@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 import triton
 
-from dsplugins.numerics.tiles import TILE
+from dsplugins.numerics.tiles import TILE, bits_of
 from dsplugins.plugins.dispatcher import payload_kernels
 
 TOKENS = 32
 """Tiles of 1 x 128 that one program makes."""
-WORD = 8
+WORD: int = payload_kernels.ALIGNMENT.value
 """Bytes that are moved at once where rows are a multiple of that long: V3's 7168 + 56 are."""
 
 
@@ -21,11 +19,10 @@ def pack(rows: torch.Tensor, smallest: float) -> torch.Tensor:
     rows, (tokens, channels) = rows.contiguous(), rows.shape
     tiles = triton.cdiv(channels, TILE)
     packed = torch.empty(tokens, channels + tiles, dtype=torch.uint8, device=rows.device)
-    (least,) = struct.unpack("<i", struct.pack("<f", smallest))
     if packed.numel():
         width, aligned = _width(packed)
         payload_kernels.pack_kernel[(triton.cdiv(tokens, TOKENS), tiles)](
-            rows, packed, tokens, channels, width, least, aligned, TOKENS
+            rows, packed, tokens, channels, width, bits_of(smallest), aligned, TOKENS
         )
     return packed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -10,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsplugins.numerics.tiles import E4M3, ROW, SMALLEST_AMAX, SQUARE, TILE, Quantised
+from dsplugins.numerics.tiles import E4M3, ROW, SMALLEST_AMAX, SQUARE, TILE, Quantised, bits_of
 from dsplugins.plugins.precision.fp8 import e5m6_kernels, kernels, swiglu, swiglu_kernels
 from dsplugins.plugins.precision.fp8.columns import Columns, tiles, whole
 from dsplugins.plugins.precision.fp8.e5m6 import Packed
@@ -46,7 +45,7 @@ class TritonCasts:
         block = TOKENS["rows_kernel"]
         grid = (triton.cdiv(x.shape[0], block), scales.shape[0])
         if x.numel():
-            kernels.rows_kernel[grid](x, codes, scales, *x.shape, _bits(smallest), power_of_two, block)
+            kernels.rows_kernel[grid](x, codes, scales, *x.shape, bits_of(smallest), power_of_two, block)
         return Quantised(codes, scales.t(), ROW)
 
     def swiglu_rows(self, inner: torch.Tensor, probs: torch.Tensor | None, power_of_two: bool) -> Quantised:
@@ -58,7 +57,7 @@ class TritonCasts:
         if inner.numel():
             given = inner if probs is None else probs.contiguous()
             swiglu_kernels.swiglu_rows_kernel[grid](
-                inner, given, codes, scales, tokens, width, _bits(SMALLEST_AMAX),
+                inner, given, codes, scales, tokens, width, bits_of(SMALLEST_AMAX),
                 probs is not None, power_of_two, block,
             )  # fmt: skip
         return Quantised(codes, scales.t(), ROW)
@@ -80,7 +79,7 @@ class TritonCasts:
         if len(table):
             kernels.columns_kernel[(len(table), triton.cdiv(channels, block))](
                 values, scales_in, codes.view(torch.int32), scales, table, channels,
-                *scales_in.stride(), _bits(smallest), quantised, power_of_two, block,
+                *scales_in.stride(), bits_of(smallest), quantised, power_of_two, block,
             )  # fmt: skip
         return Columns(codes, scales, splits)
 
@@ -95,7 +94,7 @@ class TritonCasts:
             probs = scales_in if kept.probs is None else kept.probs.contiguous()
             swiglu_kernels.swiglu_columns_kernel[(len(table), triton.cdiv(channels, OF_CODES))](
                 codes_in, scales_in, probs, codes.view(torch.int32), scales, table, channels,
-                *scales_in.stride(), _bits(SMALLEST_AMAX), kept.probs is not None, NUMBERS[kept.dtype],
+                *scales_in.stride(), bits_of(SMALLEST_AMAX), kept.probs is not None, NUMBERS[kept.dtype],
                 power_of_two, OF_CODES,
             )  # fmt: skip
         return Columns(codes, scales, splits)
@@ -128,7 +127,7 @@ class TritonCasts:
         scales = torch.empty(experts, down, across, device=weight.device)
         grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), experts)
         kernels.blocks_kernel[grid](
-            weight, codes, scales, rows, columns, down, across, _bits(SMALLEST_AMAX),
+            weight, codes, scales, rows, columns, down, across, bits_of(SMALLEST_AMAX),
             power_of_two, transposed, num_warps=WARPS["blocks_kernel"],
         )  # fmt: skip
         return Quantised(codes, scales, SQUARE)
@@ -142,7 +141,7 @@ class TritonCasts:
         if x.numel():
             into, words = _words(packed, channels)
             e5m6_kernels.e5m6_pack_kernel[(triton.cdiv(tokens, TOKENS[name]), scales.shape[0])](
-                x, into, scales, tokens, channels, _bits(SMALLEST_AMAX), words, TOKENS[name],
+                x, into, scales, tokens, channels, bits_of(SMALLEST_AMAX), words, TOKENS[name],
                 num_warps=WARPS[name],
             )  # fmt: skip
         return Packed(packed, scales.t(), channels)
@@ -185,8 +184,3 @@ def _column_outputs(
 def _table(splits: tuple[int, ...], channels: int, device: torch.device) -> torch.Tensor:
     """`columns.tiles` on the device. Both operands of a weight gradient, and both linears, have the same."""
     return torch.tensor(tiles(splits, channels), dtype=torch.int64).view(-1, 4).to(device)
-
-
-def _bits(number: float) -> int:
-    """The bits of a float32 as an integer."""
-    return int(struct.unpack("<i", struct.pack("<f", number))[0])
