@@ -276,6 +276,23 @@ def te():
         pytest.skip("transformer_engine is not installed here")
 
 
+@pytest.mark.gpu
+def test_the_plugins_of_the_671b_recipe_train_as_the_reference(nccl, te):
+    """v3_671b_fp8.yaml's: FP8 on top of TransformerEngine's norms and attention, tokens sent in FP8, with
+    recomputation."""
+    hopper("deepgemm")
+    mine = losses(
+        [
+            *("plugins.torch_local=null", "plugins.te={}"),
+            *("plugins.bf16=null", "plugins.fp8_v3={backend: deepgemm}"),
+            *("plugins.alltoall=null", "plugins.fp8_alltoall={}"),
+            "plugins.v3_recompute={norms: true, mla_up_proj: true}",
+        ]
+    )
+    differences = apart(mine, losses(REFERENCE))
+    assert all(one <= bound for one, bound in zip(differences, LOSSES, strict=True)), differences
+
+
 def reached(overrides):
     """(linears of TransformerEngine that multiplied in FP8, all of them, losses)."""
     from runs import assembled

@@ -1,9 +1,10 @@
-"""The 671B file itself trains, once sizes, platform, layout and lengths of schedules are overridden."""
+"""The 671B files themselves train, once sizes, platform, layout and lengths of schedules are overridden."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import shrunk
 
 LAYOUT = (
@@ -24,8 +25,12 @@ LENGTHS = (
 OVERRIDES = (*shrunk.SIZES, shrunk.PLATFORM, *LAYOUT, *LENGTHS)
 
 
-def test_the_671b_recipe_trains_on_four_processes(workers):
-    results = workers(4).run(shrunk.stepped, OVERRIDES)
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [(shrunk.RECIPE, ()), ("deepseek_v3/v3_671b_fp8.yaml", ("plugins.fp8_v3.backend=reference",))],
+)
+def test_the_671b_recipe_trains_on_four_processes(workers, recipe, more):
+    results = workers(4).run(shrunk.stepped, (*OVERRIDES, *more), recipe)
     losses = results[0]["losses"]
     assert all(result["losses"] == losses for result in results), "every rank knows every number"
     assert all(math.isfinite(number) for step in losses for number in step)
