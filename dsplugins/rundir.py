@@ -10,14 +10,15 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsplugins import kept, rank
+from dsplugins import kept, rank, run_lock
 from dsplugins.contracts import EnvironmentUnfit, RecipeError
+from dsplugins.run_lock import Occupied
 
 if TYPE_CHECKING:
     from dsplugins.manager import Plugins
@@ -31,17 +32,12 @@ FILES = (
         "recipe.resolved.yaml",
         "plugins.lock.json",
         "changes.jsonl",
+        "attempts.jsonl",
     ),
-    *("built.json", "run.json", "bytes_on_wire.json", "fp8_monitor.json", "report.html"),
+    *("built.json", "saved.json", "run.json", "bytes_on_wire.json", "fp8_monitor.json", "report.html"),
 )
-LOCK = "lock"
-"""File that a run holds while it lasts; what is in it is for people."""
 STOPPED = 75
 """Exit code of a rank that stopped early, as it was asked to: no failure."""
-
-
-class Occupied(EnvironmentUnfit):
-    """Another run is under way in this directory: nothing there may be written, `status.json` neither."""
 
 
 class RunDirectory:
@@ -49,8 +45,22 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._opened = 0.0 if rank.has_launcher() else time.time()
-        """What is older than this belongs to an earlier attempt. Our launcher has replaced that already."""
+        self._before = None if rank.has_launcher() else self._mark()
+        """The `status.json` of an earlier attempt, which our launcher has replaced already. Known by itself:
+        clocks of other machines are not asked."""
+        self._logged: int | None = None
+        """Bytes of `metrics.jsonl` after this run's last row there."""
+
+    def _mark(self) -> tuple[int, int] | None:
+        """What tells one `status.json` from the next: each is a file of its own. None where there is none."""
+        try:
+            with (
+                self.path / "status.json"
+            ).open() as file:  # opened, a network's file system asks its server
+                found = os.fstat(file.fileno())
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def status(self) -> dict[str, Any] | None:
         """The last `status.json`, or None where nothing has run."""
@@ -60,10 +70,15 @@ class RunDirectory:
             return None
         return status
 
+    def verdict(self) -> dict[str, Any] | None:
+        """`status.json` as this attempt wrote it; None as long as it hasn't."""
+        return self.status() if rank.has_launcher() or self._mark() != self._before else None
+
     def begun(self) -> bool:
-        """Whether a run took steps here."""
+        """Whether a run took steps here; a checkpoint tells that of a run whose log is gone, too."""
         file = self.path / "metrics.jsonl"
-        return file.exists() and file.stat().st_size > 0
+        logged = file.exists() and file.stat().st_size > 0
+        return logged or any((self.path / "checkpoints").glob("step-*"))
 
     def complete(self) -> bool:
         """Whether the run here reached its end, whatever has been tried since."""
@@ -71,7 +86,15 @@ class RunDirectory:
 
     def steps(self) -> int:
         """Steps that the run here took. Raises RecipeError where their log is damaged."""
-        return len(kept.rows(self.path / "metrics.jsonl"))
+        rows = kept.rows(self.path / "metrics.jsonl")
+        return int(rows[-1]["step"]) if rows else 0
+
+    def saved(self) -> int | None:
+        """The step of the last checkpoint that was finished here, wherever that may be now."""
+        try:
+            return int(kept.mapping(self.path / "saved.json")["step"])
+        except (FileNotFoundError, RecipeError, KeyError):
+            return None
 
     def stepped_since(self, moment: float) -> bool:
         """Whether a step was taken after that time, in seconds since 1970."""
@@ -83,28 +106,13 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else runs here meanwhile. Ends with the process, however that ends.
-
-        Raises Occupied while somebody does. Where the file system has no locks, nobody is refused.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / LOCK).open("a+")
-        except OSError as error:
-            raise self._unfit(error) from error
-        with file:
+        """Nobody else runs here meanwhile, see `run_lock.held`. Raises Occupied while somebody does."""
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                said = f"a run is under way in {self.path}, by {file.read() or 'another process'}"
-                raise Occupied(f"{said}: stop that one, or name another run.directory") from error
-            except OSError:
-                yield
-                return
-            file.truncate(0)
-            file.write(f"process {os.getpid()} of {socket.gethostname()}")
-            file.flush()
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(run_lock.held(self.path))
+            except OSError as error:
+                raise self._unfit(error) from error
             yield
 
     def announce(self) -> None:
@@ -129,17 +137,22 @@ class RunDirectory:
             self._clear(fresh)
             self._describe(recipe, plugins)
             (self.path / "metrics.jsonl").write_text("")
+            self._attempted(after_step=0)
         except OSError as error:
             raise self._unfit(error) from error
         self._announced()
 
     def _announced(self) -> None:
         """Replace the `status.json` of an earlier attempt: torchrun has nobody to announce a run."""
-        if (self.status() or {}).get("time", 0.0) < self._opened:
+        if not rank.has_launcher() and self._mark() == self._before:
             self.announce()
 
-    def go_on(self, recipe: Recipe, plugins: Plugins, step: int, changed: Sequence[str]) -> None:
-        """Rewind to `step` and note in `changes.jsonl` what is `changed` from there on.
+    def _attempted(self, **facts: Any) -> None:
+        """One start or one end of this run, for `attempts.jsonl`: `status.json` has the last one only."""
+        self._append("attempts.jsonl", {"time": time.time(), "host": socket.gethostname(), **facts})
+
+    def go_on(self, recipe: Recipe, plugins: Plugins, step: int, changed: Sequence[str]) -> list[str]:
+        """Rewind to `step` and note in `changes.jsonl` what is `changed` from there on; what is to be told.
 
         Raises EnvironmentUnfit if the folder can't be written.
         """
@@ -150,9 +163,20 @@ class RunDirectory:
                     "changes.jsonl", {"time": time.time(), "after_step": step, "changes": [*changed]}
                 )
             self._describe(recipe, plugins)
+            self._attempted(after_step=step)
         except OSError as error:
             raise self._unfit(error) from error
         self._announced()
+        return self._gaps(step)
+
+    def _gaps(self, step: int) -> list[str]:
+        """Steps up to `step` that `metrics.jsonl` doesn't have."""
+        there = {row["step"] for row in kept.rows(self.path / "metrics.jsonl")}
+        missing = sorted({*range(1, step + 1)} - there)
+        if not missing:
+            return []
+        lost = f"{len(missing)} of {step} steps, the first {missing[0]}, the last {missing[-1]}"
+        return [f"{self.path / 'metrics.jsonl'} has no row for {lost}: lost, and not taken again"]
 
     def _describe(self, recipe: Recipe, plugins: Plugins) -> None:
         """What the run is made from."""
@@ -161,15 +185,23 @@ class RunDirectory:
         lock = {"plugins": plugins.lock(), "versions": versions()}
         self._put("plugins.lock.json", json.dumps(lock, indent=1, default=str) + "\n")
 
-    def _put(self, name: str, text: str) -> None:
-        """A whole file, or the one that was there before: whoever is killed here leaves no half of one."""
-        partial = self.path / f"{name}.partial"
+    def _put(self, name: str, text: str, by: str = "") -> None:
+        """A whole file, or the one that was there before: whoever is killed here leaves no half of one.
+
+        `by` keeps apart those who may write it at the same time.
+        """
+        partial = self.path / f"{name}{by}.partial"
         partial.write_text(text)
         os.replace(partial, self.path / name)
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def _append(self, name: str, row: Mapping[str, Any], after: int | None = None) -> int:
+        """Where the file ends then, in bytes. Raises Occupied where it no longer ends at `after`."""
+        with (self.path / name).open("ab") as file:
+            if after not in (None, file.tell()):
+                said = f"{self.path / name} isn't as this run left it: another run writes there"
+                raise Occupied(f"{said}, or somebody has changed it; one run at a time in a run.directory")
+            file.write(json.dumps(row).encode() + b"\n")
+            return file.tell()
 
     def _clear(self, dumps: bool) -> None:
         """Remove the run that is here, and nothing else."""
@@ -192,9 +224,23 @@ class RunDirectory:
             raise self._unfit(error) from error
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one step to `metrics.jsonl`. Raises EnvironmentUnfit if that can't be done."""
+        """Append one step to `metrics.jsonl`.
+
+        Raises EnvironmentUnfit if that can't be done, Occupied where somebody else has written there.
+        """
         try:
-            self._append("metrics.jsonl", row)
+            self._logged = self._append("metrics.jsonl", row, after=self._logged)
+        except OSError as error:
+            raise self._unfit(error) from error
+
+    def secure(self) -> None:
+        """Have the steps so far on disk, where a checkpoint that counts them is about to be.
+
+        Raises EnvironmentUnfit if that can't be done.
+        """
+        try:
+            with (self.path / "metrics.jsonl").open("ab") as file:
+                os.fsync(file.fileno())
         except OSError as error:
             raise self._unfit(error) from error
 
@@ -219,13 +265,12 @@ class RunDirectory:
         with suppress(OSError):  # the code is still told; where nothing can be written, so is the reason
             self.path.mkdir(parents=True, exist_ok=True)
             with self._alone():
-                there = self.status() or {}
-                failed = (
-                    there.get("code") not in (None, 0, STOPPED) and there.get("time", 0.0) >= self._opened
-                )
+                there = self.verdict() or {}
+                failed = there.get("code") not in (None, 0, STOPPED)
                 if failed and there.get("rank") != mine["rank"] and not overrule:
                     return there
                 self._write_status(mine)
+                self._attempted(**mine)
         return mine
 
     def keep_calls(self, text: str) -> Path | None:
@@ -240,18 +285,18 @@ class RunDirectory:
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
         """Whole or not at all."""
-        self._put("status.json", json.dumps({**status, "time": time.time()}, indent=1) + "\n")
+        text = json.dumps({**status, "time": time.time()}, indent=1) + "\n"
+        self._put("status.json", text, by=f".{rank.number()}")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process at a time, where the file system has locks."""
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
+        with (self.path / "status.lock").open(
+            "a"
+        ) as file:  # NFS locks what is open for writing, and no folder
             with suppress(OSError):
-                fcntl.flock(folder, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(folder)
 
     def _unfit(self, error: OSError) -> EnvironmentUnfit:
         saved = sorted((self.path / "checkpoints").glob("step-*[0-9]"))

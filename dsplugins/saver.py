@@ -21,7 +21,7 @@ from dsplugins.checkpoint.pieces import Piece, optimizer_steps, pieces, set_opti
 from dsplugins.contracts import EnvironmentUnfit, Problem, RecipeError
 from dsplugins.failures import HookFailure
 from dsplugins.model import gather_weights
-from dsplugins.rundir import versions
+from dsplugins.rundir import RunDirectory, versions
 from dsplugins.step import Progress
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ class Saver:
                 f"{kept or 'the start, as no checkpoint was finished before'}"
             ) from error
         if self._run.rank == 0:
+            with suppress(EnvironmentUnfit):
+                RunDirectory(self._folder.parent).note("saved.json", {"step": step, "time": time.time()})
             with suppress(OSError):  # the new one counts; what is left of an old one goes at the next start
                 store.prune(self._folder, self._options.keep, self._options.keep_every)
         return checkpoint

@@ -127,6 +127,7 @@ class Loop:
             self._save(progress, self.wishes.stop, over)
             if self._due(step.step, over):
                 self._evaluate(step.step)
+                self._save(progress, self.wishes.stop, over)  # what was asked for meanwhile
         return progress
 
     def _due(self, step: int, over: bool) -> bool:
@@ -154,7 +155,7 @@ class Loop:
             audit(self.assembly)  # once more: what was loaded has kept its number formats
         if self.leads and progress.steps:
             changed = [str(change) for change in changes.since(self.directory.path, recipe, self.plugins)]
-            self.directory.go_on(recipe, self.plugins, progress.steps, changed)
+            told += self.directory.go_on(recipe, self.plugins, progress.steps, changed)
             told += (f"accepted: {change}" for change in changed)
         elif self.leads:
             told += self._lost(fresh)
@@ -171,17 +172,17 @@ class Loop:
     def _lost(self, fresh: bool) -> list[str]:
         """What is told of steps that were taken here and left no checkpoint.
 
-        Raises EnvironmentUnfit where the folder of checkpoints is gone: starting over would clear the rest.
+        Raises EnvironmentUnfit where one was finished and is gone: starting over would clear the rest.
         """
-        taken = self.directory.steps() if self.directory.begun() and not fresh else 0
+        if fresh:
+            return []
+        taken, saved = self.directory.steps(), self.directory.saved()
+        if saved is not None:
+            path, folder = self.directory.path, self.directory.path / "checkpoints"
+            said = f"{taken} steps were taken in {path} and step {saved} was saved, but {folder} holds no"
+            raise EnvironmentUnfit(f"{said} checkpoint: bring it back, or start over with --fresh")
         if not taken:
             return []
-        folder = self.directory.path / "checkpoints"
-        if self.plan.save.every and taken > self.plan.save.every and not folder.exists():
-            raise EnvironmentUnfit(
-                f"{taken} steps were taken in {self.directory.path}, and {folder} is gone: bring it back, "
-                "or start over with --fresh"
-            )
         return [f"{taken} steps were taken here before and no checkpoint was finished: starting over"]
 
     def _meet_not_finite(self, step: Step, progress: Progress) -> None:
@@ -222,6 +223,8 @@ class Loop:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         number, save = flags.tolist()
         stop = bool(number) and not over
+        if (save or stop) and self.leads:
+            self.directory.secure()
         if (save or stop) and (failure := self.saver.save(progress)):
             self.display.say(f"{failure}; step {progress.steps} is saved now")
         if stop:

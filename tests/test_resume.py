@@ -122,6 +122,15 @@ def test_a_changed_recipe_is_refused_with_the_difference_or_accepted_and_noted(w
     assert noted["after_step"] == 12 and "optimizer.clip_grad: 1.0 -> 0.5" in noted["changes"]
 
 
+def test_a_changed_recipe_is_refused_where_the_log_is_gone(whole):
+    """Its checkpoints tell that there is a run."""
+    folder, _ = whole
+    shutil.copytree(folder / "whole", folder / "unlogged")
+    (folder / "unlogged" / "metrics.jsonl").unlink()
+    code, said = finish(start(folder, "unlogged", "optimizer.clip_grad=0.25"))
+    assert code == 3 and "-> 0.25" in said, said
+
+
 def test_what_a_smaller_model_leaves_behind_is_told(whole):
     folder, _ = whole
     shutil.copytree(folder / "whole", folder / "smaller")

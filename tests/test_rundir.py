@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import forks
 import pytest
 from click.testing import CliRunner
 
-from dsplugins import rundir
+from dsplugins import run_lock, rundir
 from dsplugins.cli import exits
 from dsplugins.cli.train import _fail
 from dsplugins.contracts import EnvironmentUnfit
@@ -184,7 +185,7 @@ def test_a_full_disk_is_one_line_with_the_way_on(tmp_path, monkeypatch, write):
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000006.partial").mkdir()
 
-    def full(*arguments):
+    def full(*arguments, **more):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run, "_put", full)
@@ -220,13 +221,69 @@ def test_a_killed_run_blocks_nobody(tmp_path):
         assert str(os.getpid()) in (tmp_path / "lock").read_text()
 
 
-def test_without_locks_nobody_is_refused(tmp_path, monkeypatch):
+def test_without_locks_the_first_one_stops_at_its_next_step(tmp_path, monkeypatch):
     def none(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(rundir.fcntl, "flock", none)
-    with RunDirectory(tmp_path).held(), RunDirectory(tmp_path).held():
-        pass
+    monkeypatch.setattr(run_lock.fcntl, "flock", none)
+    first, second = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    with first.held(), second.held():
+        first.start(Described(), Described())
+        first.log({"step": 1})
+        second.go_on(Described(), Described(), 0, [])
+        second.log({"step": 1})
+        second.log({"step": 2})
+        with pytest.raises(Occupied, match="another run writes there"):
+            first.log({"step": 2})
+        second.log({"step": 3})
+    assert second.steps() == 3
+
+
+def test_a_checkpoint_tells_of_a_run_whose_log_is_gone(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert not run.begun()
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert run.begun() and run.steps() == 0
+
+
+def test_steps_that_the_log_has_lost_are_told(tmp_path):
+    """With the machine that wrote them: nothing is on disk before it is said to be."""
+    run = RunDirectory(tmp_path)
+    run.start(Described(), Described())
+    for step in (1, 2, 6):
+        run.log({"step": step})
+    assert run.steps() == 6
+    (told,) = RunDirectory(tmp_path).go_on(Described(), Described(), 5, [])
+    assert "no row for 3 of 5 steps, the first 3, the last 5" in told
+    assert RunDirectory(tmp_path).go_on(Described(), Described(), 2, []) == []
+
+
+def test_attempts_are_kept(tmp_path):
+    first = RunDirectory(tmp_path)
+    first.start(Described(), Described())
+    first.end(75, "stopped")
+    second = RunDirectory(tmp_path)
+    second.go_on(Described(), Described(), 0, [])
+    second.end(0, "complete", steps=0)
+    rows = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
+    assert [row.get("code", "start") for row in rows] == ["start", 75, "start", 0]
+    assert all(row["host"] and row["time"] for row in rows)
+
+
+def test_the_first_failure_stands_whatever_the_clocks_say(tmp_path, monkeypatch):
+    """Of three machines, one an hour behind and one an hour ahead."""
+    RunDirectory(tmp_path).end(1, "an earlier attempt's")
+    ranks = []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        ranks.append(RunDirectory(tmp_path))
+    for number, (hours, code) in enumerate([(-1, 4), (1, 1), (0, 1)]):
+        monkeypatch.setenv("RANK", str(number))
+        moment = time.time() + 3600 * hours
+        with monkeypatch.context() as patched:
+            patched.setattr(rundir.time, "time", lambda moment=moment: moment)
+            ranks[number].end(code, f"rank {number}'s")
+    assert RunDirectory(tmp_path).status()["reason"] == "rank 0's"
 
 
 @pytest.fixture

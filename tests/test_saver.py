@@ -236,26 +236,30 @@ def test_state_that_json_cannot_hold_is_its_plugins_fault(writes):
     assert asked == []
 
 
-def lost(path, every, fresh=False):
+def lost(path, fresh=False):
     from dsplugins.rundir import RunDirectory
     from dsplugins.train import Loop
 
-    plan = SimpleNamespace(save=SimpleNamespace(every=every))
-    return Loop._lost(SimpleNamespace(directory=RunDirectory(path), plan=plan), fresh)
+    return Loop._lost(SimpleNamespace(directory=RunDirectory(path)), fresh)
 
 
 def test_steps_without_a_checkpoint_are_told(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    assert lost(tmp_path, 2) == []
-    (tmp_path / "metrics.jsonl").write_text("{}\n" * 3)
-    assert lost(tmp_path, 0) == [
-        "3 steps were taken here before and no checkpoint was finished: starting over"
-    ]
-    assert lost(tmp_path, 2, fresh=True) == []
-    with pytest.raises(EnvironmentUnfit, match="checkpoints is gone: bring it back"):
-        lost(tmp_path, 2)
-    (tmp_path / "checkpoints").mkdir()
-    assert len(lost(tmp_path, 2)) == 1
+    assert lost(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    assert lost(tmp_path) == ["3 steps were taken here before and no checkpoint was finished: starting over"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_checkpoints_that_are_gone_are_not_started_over(tmp_path, folder):
+    """An unmounted disk, or one that was cleared; whether the folder is still there."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    (tmp_path / "saved.json").write_text('{"step": 2}')
+    if folder:
+        (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(EnvironmentUnfit, match="3 steps were taken .* step 2 was saved, .*: bring it back"):
+        lost(tmp_path)
+    assert lost(tmp_path, fresh=True) == []
 
 
 def test_what_could_not_be_saved_is_said_before_the_first_step():

@@ -137,7 +137,7 @@ def _asked(run: RunDirectory, reason: str, began: float) -> dict[str, Any]:
     """
     from dsplugins.rundir import STOPPED
 
-    status = run.status() or {"code": None}
+    status = run.verdict() or {"code": None}
     if status["code"] in (0, STOPPED):  # they had said all, and were asked once more
         return status
     if status["code"] is None and not run.stepped_since(began):
