@@ -18,7 +18,7 @@ from dsplugins.contracts import Evaluation
 from dsplugins.model import bare
 
 if TYPE_CHECKING:
-    from dsplugins.assemble import Assembly
+    from dsplugins.assemble import Forward
 
 
 class Heads:
@@ -94,7 +94,7 @@ class Loads:
         return {name: tuple(row) for name, row in zip(self.names, rows, strict=True)} or None
 
 
-def evaluate(run: Assembly, step: int) -> Evaluation:
+def evaluate(run: Forward, step: int) -> Evaluation:
     """Losses, MTP's acceptance and the experts' load on the first `evaluate.sequences` validation samples.
 
     On all of them, if there are fewer. Collective over all ranks; `step` steps lie behind the weights.
@@ -131,7 +131,7 @@ def evaluate(run: Assembly, step: int) -> Evaluation:
     )
 
 
-def _micro_batches(run: Assembly) -> int:
+def _micro_batches(run: Forward) -> int:
     """How many each rank takes."""
     size, ranks = run.plan.train.micro_batch, run.plan.layout.data
     count = min(run.plan.evaluate.sequences, run.data.validation_size) // (size * ranks)
@@ -139,7 +139,7 @@ def _micro_batches(run: Assembly) -> int:
     return count
 
 
-def _forward(run: Assembly, count: int, heads: Heads | None) -> list[dict[str, torch.Tensor]]:
+def _forward(run: Forward, count: int, heads: Heads | None) -> list[dict[str, torch.Tensor]]:
     """`count` micro-batches a rank through the schedule; the losses of those that ended on this rank."""
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     size = run.plan.train.micro_batch

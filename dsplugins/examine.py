@@ -11,7 +11,7 @@ from dsplugins.plan import prepare
 from dsplugins.quiet import quiet
 
 if TYPE_CHECKING:
-    from dsplugins.assemble import Assembly
+    from dsplugins.assemble import Forward
     from dsplugins.checkpoint.store import Checkpoint
     from dsplugins.recipe import Recipe
 
@@ -33,11 +33,11 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
     process_group.nodes_see(directory / "recipe.resolved.yaml")
     import torch
 
-    from dsplugins.assemble import assemble  # megatron-core, on a platform that is ready for it
+    from dsplugins.assemble import assemble_forward  # megatron-core, on a platform that is ready for it
     from dsplugins.evaluate import evaluate
 
     with blame.named(plugins):
-        run = assemble(recipe, plan, plugins, platform, device)
+        run = assemble_forward(recipe, plan, plugins, platform, device)
         found, told = _load_weights(run, directory / "checkpoints", step)
         evaluation = evaluate(run, found.step)
     other_data = map(str, changes.of_data(found.manifest().get("data", {}), run.data.facts))
@@ -53,12 +53,12 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
     }
 
 
-def _load_weights(run: Assembly, folder: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
+def _load_weights(run: Forward, folder: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
     """Fill the model; the checkpoint, and what was wrong with newer ones."""
     import torch
 
     from dsplugins.checkpoint import store
-    from dsplugins.checkpoint.pieces import pieces
+    from dsplugins.checkpoint.pieces import weight_pieces
 
     group: Any = torch.distributed.new_group(backend="gloo")
     found, told = store.newest_good(folder, group, step)
@@ -66,8 +66,7 @@ def _load_weights(run: Assembly, folder: Path, step: int | None) -> tuple[Checkp
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         there = ", ".join(str(each.step) for each in store.finished(folder)) or "none"
         raise EnvironmentUnfit("; ".join([f"{folder} holds {wanted} that is whole (steps: {there})", *told]))
-    weights = [piece for piece in pieces(run.chunks, run.optimizer) if piece.name.startswith("weights/")]
-    store.load(found, weights, group)
+    store.load(found, weight_pieces(run.chunks), group)
     return found, told
 
 

@@ -276,10 +276,14 @@ def _chunk(
 
 def wrap(chunks: list[torch.nn.Module], settings: Settings) -> list[torch.nn.Module]:
     """Chunks in megatron-core's half-precision module (if bf16) and data-parallel wrapper."""
+    halves = halved(chunks, settings)
+    return [data_parallel(chunk, settings, first=index == 0) for index, chunk in enumerate(halves)]
+
+
+def halved(chunks: list[torch.nn.Module], settings: Settings) -> list[torch.nn.Module]:
+    """Chunks in megatron-core's half-precision module, where the format is one."""
     config = settings.model
-    if config.bf16 or config.fp16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
-    return [data_parallel(chunk, settings, first=index == 0) for index, chunk in enumerate(chunks)]
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 or config.fp16 else chunks
 
 
 def data_parallel(chunk: torch.nn.Module, settings: Settings, first: bool = True) -> torch.nn.Module:
@@ -303,11 +307,13 @@ def data_parallel(chunk: torch.nn.Module, settings: Settings, first: bool = True
     )
 
 
-def build(plan: Plan, settings: Settings, plugins: Plugins, device: torch.device) -> list[torch.nn.Module]:
-    """Built, initialised, on their device, wrapped: what the loop trains."""
+def build(
+    plan: Plan, settings: Settings, plugins: Plugins, device: torch.device, to_train: bool = True
+) -> list[torch.nn.Module]:
+    """Built, initialised, on their device, wrapped: what the loop trains, or what is only looked through."""
     chunks = [chunk.to(device) for chunk in build_chunks(plan, settings, plugins)]
     weights.initialise(chunks, plan.train.seed, settings.model.init_method_std, plan.train.twin)
-    return wrap(chunks, settings)
+    return wrap(chunks, settings) if to_train else halved(chunks, settings)
 
 
 @torch.no_grad()

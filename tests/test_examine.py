@@ -54,6 +54,50 @@ def examine_here(directory, overrides, step=None):
     return without_leaving(examine, recipe, Path(directory), step)
 
 
+def held_to_look(overrides):
+    """Bytes of tensors beside the model's own, and whether the audit finds another MTP than was chosen."""
+    import gc
+    import os
+
+    import torch
+
+    from dsplugins import audit
+    from dsplugins.assemble import assemble_forward
+    from dsplugins.plan import prepare
+    from dsplugins.recipe import Recipe
+    from dsplugins.testing import temporary_groups
+
+    os.environ |= {"WORLD_SIZE": "1", "RANK": "0"}
+    recipe = Recipe.load(str(TINY), [*overrides, "run.directory=unused"])
+    plugins, plan = prepare(recipe)
+    gc.collect()
+    before = {id(thing) for thing in gc.get_objects() if torch.is_tensor(thing)}
+    with temporary_groups():
+        platform = plugins.slot("platform", plan=plan)
+        run = assemble_forward(recipe, plan, plugins, platform, platform.prepare(0))
+        mine = {t.data_ptr() for chunk in run.chunks for t in (*chunk.parameters(), *chunk.buffers())}
+        weights = sum(p.nbytes for chunk in run.chunks for p in chunk.parameters())
+        new = (thing for thing in gc.get_objects() if torch.is_tensor(thing) and id(thing) not in before)
+        others = sum({t.data_ptr(): t.nbytes for t in new if t.data_ptr() not in mine}.values())
+        wrapped = any(
+            hasattr(chunk, "buffers_by_dtype") or hasattr(chunk, "ddp_config") for chunk in run.chunks
+        )
+        run.settings.model.mtp_num_layers = 2
+        try:
+            audit.audit_forward(run)
+        except audit.AuditFailure as failure:
+            return weights, others, wrapped, str(failure)
+    return weights, others, wrapped, ""
+
+
+def test_looking_takes_no_memory_for_training(workers):
+    ((weights, others, wrapped, said),) = workers(1).run(
+        held_to_look, ["plugins.fp32=null", "plugins.bf16={}"]
+    )
+    assert not wrapped and others < weights / 4, (others, weights)
+    assert "mtp.1 stands 0 times in the pipeline" in said, "it is audited all the same"
+
+
 @pytest.fixture(scope="module")
 def run(workers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dsplugins.audit import fields, layers, loop, overlap, softmax, stages, te_fp8, tensors
-from dsplugins.audit.built import Built, Standing
+from dsplugins.audit.built import Built, Placed, Standing
 from dsplugins.audit.ignored import ignored
 from dsplugins.audit.table import Kind, describe, describe_run, span
 from dsplugins.contracts import Problem, RecipeError
@@ -39,9 +39,8 @@ def problem(said: str) -> Problem:
 
 def audit(run: Built) -> None:
     """Raise AuditFailure on every rank with what was found on any; collective over all ranks."""
-    mine = (
-        [*fields.differences(run)],
-        [*of_stage(run)],
+    _agree(
+        run,
         [
             *stages.differences(run),
             *tensors.differences(run),
@@ -49,6 +48,15 @@ def audit(run: Built) -> None:
             *overlap.differences(run),
         ],
     )
+
+
+def audit_forward(run: Placed) -> None:
+    """The same where nothing is trained: without the optimizer, the loop and what overlaps."""
+    _agree(run, [*stages.differences(run), *tensors.of_model(run)])
+
+
+def _agree(run: Standing, others: list[str]) -> None:
+    mine = ([*fields.differences(run)], [*of_stage(run)], others)
     configured, built, others = (_of_all(found) for found in zip(*_everywhere(mine), strict=True))
     if configured or built or others:
         raise AuditFailure([*configured, *gathered(built), *others])
@@ -83,8 +91,10 @@ __all__ = [
     "AuditFailure",
     "Built",
     "Kind",
+    "Placed",
     "Standing",
     "audit",
+    "audit_forward",
     "describe",
     "describe_run",
     "gathered",

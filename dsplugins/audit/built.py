@@ -32,7 +32,15 @@ class Standing(Protocol):
         """Model chunks; in a run they are wrapped for data parallelism."""
 
 
-class Built(Standing, Protocol):
+class Placed(Standing, Protocol):
+    """The same among other ranks; `assemble.Forward` is one."""
+
+    @property
+    def configs(self) -> Sequence[Any]:
+        """Configuration objects that the loop writes scheduled values to."""
+
+
+class Built(Placed, Protocol):
     """One rank's run before its first step; `assemble.Assembly` is one."""
 
     @property
@@ -50,7 +58,3 @@ class Built(Standing, Protocol):
     @property
     def chain(self) -> GradientChain:
         """What runs between backward and optimizer."""
-
-    @property
-    def configs(self) -> Sequence[Any]:
-        """Configuration objects that the loop writes scheduled values to."""

@@ -14,11 +14,11 @@ from dsplugins.audit.layers import layers
 from dsplugins.model import bare
 
 if TYPE_CHECKING:
-    from dsplugins.audit.built import Built
+    from dsplugins.audit.built import Placed
     from dsplugins.contracts import Plan, Settings
 
 
-def differences(run: Built) -> Iterable[str]:
+def differences(run: Placed) -> Iterable[str]:
     """Layers that are missing or stand twice, MTP without a block, another layout. Collective."""
     yield from misplaced(run.plan, run.settings, _everywhere(names(run.settings.model, run.chunks)))
     yield from _layout(run)
@@ -56,7 +56,7 @@ def _everywhere(mine: list[str]) -> Iterable[str]:
     return [name for stage in stages for name in stage]
 
 
-def _layout(run: Built) -> Iterable[str]:
+def _layout(run: Placed) -> Iterable[str]:
     """megatron-core turns a text into its own layout; a schedule's own class must survive all copies."""
     from dsplugins.settings import ledger
 

@@ -10,22 +10,27 @@ import torch
 from dsplugins import optimizer_groups, routers
 
 if TYPE_CHECKING:
-    from dsplugins.audit.built import Built
+    from dsplugins.audit.built import Built, Standing
 
 GATE = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def differences(run: Built) -> Iterable[str]:
     """Tensors kept in another format than asked for. Collective over the data-parallel ranks."""
+    yield from of_model(run)
+    yield from _optimizer(run)
+
+
+def of_model(run: Standing) -> Iterable[str]:
+    """Those of the model alone."""
     config = run.settings.model
     yield from _parameters(run)
     for name, router in routers.local(run.chunks):
         for said in (*_counts(router, config), *_bias(router, config), *_gate(router, config)):
             yield f"{name}: {said}"
-    yield from _optimizer(run)
 
 
-def _parameters(run: Built) -> Iterable[str]:
+def _parameters(run: Standing) -> Iterable[str]:
     weight, gradient = run.settings.model.params_dtype, run.settings.ddp.grad_reduce_in_fp32
     for parameter, name in optimizer_groups.parameter_names(run.chunks).items():
         if parameter.is_floating_point() and parameter.dtype != weight:

@@ -37,8 +37,16 @@ class Piece:
 
 def pieces(chunks: Sequence[torch.nn.Module], optimizer: Any) -> list[Piece]:
     """Everything that this rank has to save, or to fill when it loads."""
-    shards = [shard for chunk in chunks for shard in weights.shards(bare(chunk)) if shard.data is not None]
-    return [*map(_weight, shards), *_optimizer(chunks, optimizer, shards)]
+    return [*weight_pieces(chunks), *_optimizer(chunks, optimizer, _shards(chunks))]
+
+
+def weight_pieces(chunks: Sequence[torch.nn.Module]) -> list[Piece]:
+    """The model's tensors alone."""
+    return [*map(_weight, _shards(chunks))]
+
+
+def _shards(chunks: Sequence[torch.nn.Module]) -> list[ShardedTensor]:
+    return [shard for chunk in chunks for shard in weights.shards(bare(chunk)) if shard.data is not None]
 
 
 def optimizer_steps(chunks: Sequence[torch.nn.Module], optimizer: Any) -> int:
@@ -129,4 +137,4 @@ def _is_main(shard: ShardedTensor) -> bool:
     return not any(replica[:-1])
 
 
-__all__ = ["Piece", "optimizer_steps", "pieces", "set_optimizer_steps"]
+__all__ = ["Piece", "optimizer_steps", "pieces", "set_optimizer_steps", "weight_pieces"]

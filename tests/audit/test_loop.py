@@ -198,10 +198,9 @@ def stopped() -> str:
 
     wiring = assemble._wire
 
-    def spoilt(settled, chunks, optimizer, chain):
-        configs = wiring(settled, chunks, optimizer, chain)
-        settled.model.moe_router_enable_expert_bias = True
-        return configs
+    def spoilt(run, optimizer, chain):
+        wiring(run, optimizer, chain)
+        run.settings.model.moe_router_enable_expert_bias = True
 
     try:
         with mock.patch.object(assemble, "_wire", spoilt), assembled([]):
