@@ -33,17 +33,20 @@ LIBRARIES = {"te": "transformer_engine"}
 """Backend -> the library that it needs."""
 BY_CUDNN = "plugins.torch_local={attention: cudnn}"
 """In the attention block: kernels that torch chooses would hide all else. The part `attention` has both."""
+OURS = ("fp8_v3 torch", "fp8_v3 deepgemm")
+KEPT = "fp8_v3 deepgemm, weights kept"
+"""As in all micro-batches of a step but the first, where `keep_weights` has each weight cast once."""
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "bf16": (),
     "fp8_v3 torch": ("plugins.bf16=null", "plugins.fp8_v3={backend: torch}"),
     "fp8_v3 deepgemm": ("plugins.bf16=null", "plugins.fp8_v3={backend: deepgemm}"),
+    KEPT: ("plugins.bf16=null", "plugins.fp8_v3={backend: deepgemm, keep_weights: true}"),
     "te_blockwise": (
         *("plugins.bf16=null", "plugins.te_blockwise={}"),
         *("plugins.grouped=null", "plugins.sequential={}"),
     ),
 }
 """Number format -> what it overrides in a recipe in BF16."""
-OURS = ("fp8_v3 torch", "fp8_v3 deepgemm")
 NEEDED = 100 * 2**30
 """Bytes for a training pass of the MoE layer: 11.3 billion weights in BF16 are 23 GB, the buffers of their
 gradients in FP32 45 GB; a gradient on its way there is 15 GB, for a moment twice; then the activations."""
@@ -78,6 +81,8 @@ def _all_ways() -> Iterator[Way]:
             yield Way(part, "te", "te_blockwise")
         if part in (*LAYERS, "products"):
             yield from (Way(part, "torch_local", form) for form in OURS)
+        if part in ("mla_block", "few_experts"):
+            yield Way(part, "torch_local", KEPT)
     yield Way("casts", "torch_local", OURS[0])
 
 
@@ -109,7 +114,7 @@ def lacking(way: Way, overrides: Sequence[str] = ()) -> str | None:
     library = LIBRARIES.get(way.backend)
     if library and importlib.util.find_spec(library) is None:
         return f"{library} is not installed"
-    if way.format in OURS:
+    if way.format in (*OURS, KEPT):
         for problem in _precision(way).lacks():
             return str(problem.message)
     if reason := _no_cudnn(way, overrides):
@@ -204,7 +209,7 @@ def layers(measured: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         }
         plain = [value for (form, _), value in seconds.items() if form == "bf16"]
         te = [value for (form, _), value in seconds.items() if form == "te_blockwise"]
-        for form in OURS:
+        for form in (*OURS, KEPT):
             mine = seconds.get((form, "torch_local"))
             if mine and plain:
                 ratio = min(plain) / mine

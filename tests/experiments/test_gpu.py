@@ -181,7 +181,7 @@ def test_each_part_is_on_cuda_with_its_backend():
         assert (plan.slots["platform"], plan.slots["backend"]) == ("cuda", way.backend)
         assert plan.slots["precision"] == way.format.split()[0]
         assert plan.layout.world_size == 1
-    assert len(list(experiment.ways())) == len(set(experiment.ways())) == 22
+    assert len(list(experiment.ways())) == len(set(experiment.ways())) == 24
 
 
 def test_what_a_machine_lacks_is_said(monkeypatch):
@@ -223,7 +223,7 @@ def test_the_command_records_what_failed_and_ends_with_1(measured, tmp_path):
     done = CliRunner().invoke(gpu, line)
     assert done.exit_code == 1, done.output
     record = json.loads((tmp_path / "gpu.json").read_text())
-    assert not record["results"]["holds"] and len(record["results"]["measured"]) == 22
+    assert not record["results"]["holds"] and len(record["results"]["measured"]) == 24
     assert "torch" in record["versions"] and "gpus" in record["hardware"]
     assert "--rounds 1" in record["command"] and "plugins.cuda=null" in record["command"]
     for told in (
