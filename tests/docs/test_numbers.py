@@ -111,6 +111,18 @@ def test_measured_numbers_in_tables_are_in_a_record():
             assert any(row <= part for part in small), f"{name(page)}: together in no record: {row}"
 
 
+def test_measured_numbers_in_the_text_are_in_a_record():
+    """In one that the page links to; or they are a recipe's."""
+    given = "".join(file.read_text() for file in (ROOT / "recipes").rglob("*.yaml"))
+    for page in written():
+        linked = re.findall(r"(\w+)\.json\)", page.read_text())
+        found = numbers([RECORDS.get(each, {}).get("results") for each in linked])
+        measured = {f"{number:.3f}" for number in found}
+        said = set(re.findall(r"(?<![\d.,-])-?\d+\.\d{3}(?![\d.])", prose(page)))
+        unknown = {number for number in said - measured if number not in given}
+        assert not unknown, f"{name(page)}: in no record: {unknown}"
+
+
 def test_blocks_of_numbers_say_where_they_come_from():
     """A text block with a loss in it has a record."""
     for page in written():
