@@ -17,6 +17,9 @@ WIDE = 65500
 """Vocabularies below this are written in 16 bits, as megatron-core's `DType.optimal_dtype` has it."""
 
 
+type Ids = NDArray[np.uint32]
+
+
 class Unencodable(ValueError):
     """A tokenizer failed on a document."""
 
@@ -41,7 +44,7 @@ class Encoder:
         ids = self._ids(good, parts)
         whole = [self._joined([next(ids) for _ in pieces]) for pieces in parts]
         dtype = np.uint16 if self.tokenizer.vocab_size < WIDE else np.int32
-        tokens = np.array([token for document in whole for token in document], dtype=dtype)
+        tokens = np.concatenate([np.empty(0, dtype), *whole], dtype=dtype, casting="unsafe")
         return Encoded(
             tokens=tokens,
             lengths=np.array([len(document) for document in whole], dtype=np.int64),
@@ -52,7 +55,7 @@ class Encoder:
             bad=bad,
         )
 
-    def _ids(self, good: Sequence[Document], parts: Sequence[tuple[str, ...]]) -> Iterator[list[int]]:
+    def _ids(self, good: Sequence[Document], parts: Sequence[tuple[str, ...]]) -> Iterator[Ids]:
         """Of each part of each document. Raises Unencodable for the first document that can't be encoded."""
         try:
             return iter(list(self.tokenizer.encode([text for pieces in parts for text in pieces])))
@@ -74,23 +77,22 @@ class Encoder:
         low, high = cut
         return text[:low], text[high:], text[low:high]
 
-    def _joined(self, parts: Sequence[list[int]]) -> list[int]:
+    def _joined(self, parts: Sequence[Ids]) -> Ids:
         """Tokens of a document, `eos` included; three parts in prefix-suffix-middle form."""
-        ids = self.tokenizer.ids
         if len(parts) == 1:
-            return [*parts[0], _known(ids["eos"])]
-        begin, hole, end = (_known(ids[mark]) for mark in ("fim_begin", "fim_hole", "fim_end"))
+            return np.concatenate([parts[0], self._mark("eos")])
         prefix, suffix, middle = parts
-        return [begin, *prefix, hole, *suffix, end, *middle, _known(ids["eos"])]
+        begin, hole, end, eos = map(self._mark, ("fim_begin", "fim_hole", "fim_end", "eos"))
+        return np.concatenate([begin, prefix, hole, suffix, end, middle, eos])
+
+    def _mark(self, name: str) -> Ids:
+        token = self.tokenizer.ids[name]
+        assert token is not None, "build refuses a tokenizer without the marks that it needs"
+        return np.array([token], np.uint32)
 
 
 def _count(tokens: NDArray[np.generic], token: int | None) -> int:
     return 0 if token is None else int((tokens == token).sum())
-
-
-def _known(token: int | None) -> int:
-    assert token is not None, "build refuses a tokenizer without the marks that it needs"
-    return token
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dsplugins.contracts import EnvironmentUnfit
 
@@ -23,6 +27,8 @@ V3_MARKS = {
     "fim_end": "<｜fim▁end｜>",
 }
 """What the marks are called in DeepSeek-V3's tokenizer."""
+TOGETHER = 1 << 16
+"""Characters that the library encodes in a call: what it makes of them is a hundred times as large."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,16 @@ class TokenizerFile:
         named, number = model.get("unk_token"), model.get("unk_id")
         return number if named is None else self._tokenizer.token_to_id(named)
 
-    def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
+    def encode(self, texts: Iterable[str]) -> Iterator[NDArray[np.uint32]]:
         """Ids of each text. A mark's name in a text is text: its id never comes out."""
         pieces = [list(self._without_marks(text)) for text in texts]
-        flat = [piece for text in pieces for piece in text]
-        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        encoded = (ids for call in _calls(chain.from_iterable(pieces)) for ids in self._ids(call))
         for text in pieces:
-            yield [token for _ in text for token in next(encoded).ids]
+            yield np.concatenate([next(encoded) for _ in text])
+
+    def _ids(self, call: list[str]) -> list[NDArray[np.uint32]]:
+        found = self._tokenizer.encode_batch_fast(call, add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.uint32) for one in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, marks by their names; an id that the tokenizer doesn't have is nothing."""
@@ -86,6 +95,20 @@ class TokenizerFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _opened, (self.path, tuple(self.marks.items()))
+
+
+def _calls(pieces: Iterable[str]) -> Iterator[list[str]]:
+    """In order, few enough for a call, or a long one alone."""
+    call: list[str] = []
+    held = 0
+    for piece in pieces:
+        if call and held + len(piece) > TOGETHER:
+            yield call
+            call, held = [], 0
+        call.append(piece)
+        held += len(piece)
+    if call:
+        yield call
 
 
 @cache

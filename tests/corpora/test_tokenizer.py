@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsplugins.corpora import tokenizer
 from dsplugins.corpora.tokenizer import V3_MARKS, TokenizerFile
 
 SPLICED = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*V3_MARKS.values(), "<", "｜>"]))).map(
@@ -26,7 +27,30 @@ def test_text_is_encoded_as_the_library_does_it(bpe):
 
     texts = ["def f(self):\n    return 1\n", "", "ä 四"]
     theirs = Tokenizer.from_file(str(bpe.path))
-    assert list(bpe.encode(texts)) == [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+    wanted = [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [ids.tolist() for ids in bpe.encode(texts)] == wanted
+
+
+class Spy:
+    """A tokenizer of the library that notes how much it is given in a call."""
+
+    def __init__(self, theirs):
+        self._theirs, self.calls = theirs, []
+
+    def encode_batch_fast(self, texts, **options):
+        self.calls.append([len(text) for text in texts])
+        return self._theirs.encode_batch_fast(texts, **options)
+
+
+def test_much_text_is_many_calls_of_the_same_tokens(bpe, monkeypatch):
+    mark = V3_MARKS["fim_hole"]
+    texts = ["def f(self):\n", "", "x" * 70, f"a{mark}" * 20, *(f"text {i} ä" for i in range(30)), "end"]
+    wanted = [ids.tolist() for ids in bpe.encode(texts)]
+    spy = Spy(bpe._tokenizer)
+    monkeypatch.setitem(vars(bpe), "_tokenizer", spy)
+    monkeypatch.setattr(tokenizer, "TOGETHER", 40)
+    assert [ids.tolist() for ids in bpe.encode(texts)] == wanted
+    assert all(sum(call) <= 40 or call == [70] for call in spy.calls) and [70] in spy.calls
 
 
 def test_marks_are_the_last_ids(bpe):
