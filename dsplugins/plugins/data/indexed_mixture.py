@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dsplugins.plugins.data.indexed_rare import Rare, rare
+
 PERIOD = 1 << 20
-"""Samples after which the pattern begins again: shares are met to a millionth."""
+"""Samples after which the pattern begins again: shares are met to a millionth, rare corpora apart."""
 
 
 class Mixture:
@@ -17,7 +19,9 @@ class Mixture:
 
     A place in it doesn't depend on a run's length.
 
-    Core's `build_blending_indices` takes from the corpus that lies furthest behind its share.
+    Core's `build_blending_indices` takes from the corpus that lies furthest behind its share. What a period
+    gives of a small share is a whole number, and may be far from it: from the second period on such corpora
+    are `rare`, and dealt exactly.
     """
 
     def __init__(self, weights: Sequence[float], period: int = PERIOD) -> None:
@@ -25,16 +29,22 @@ class Mixture:
         self.corpus, self.nth = blend(weights, size)
         self._each = np.bincount(self.corpus, minlength=len(weights))
         """Samples of each corpus in a period."""
+        self._rare: Rare | None = rare(weights, self.corpus)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         """(corpus, which of its samples) of sample `index`, any from 0 on."""
         period, place = divmod(index, len(self.corpus))
+        if period and self._rare:
+            corpus, nth = self._rare[index - len(self.corpus)]
+            return corpus, int(self._each[corpus]) + nth
         corpus = int(self.corpus[place])
         return corpus, period * int(self._each[corpus]) + int(self.nth[place])
 
     def taken(self, total: int) -> NDArray[np.int64]:
         """Samples of each corpus among the first `total`."""
         periods, rest = divmod(total, max(1, len(self.corpus)))
+        if periods and self._rare:
+            return self._each + self._rare.taken(total - len(self.corpus))
         return periods * self._each + np.bincount(self.corpus[:rest], minlength=len(self._each))
 
     def until(self, samples: Sequence[int]) -> int:

@@ -195,7 +195,10 @@ def test_without_weights_a_corpus_counts_by_its_size(web, code, planned):
     assert len(read) == data.validation_size, "none twice"
 
 
-@pytest.mark.parametrize("weights", [[1], [7, 3], [0.2, 0.5, 0.3], [1e-3, 1]])
+RARE = [[1, 1e-5], [1, 1, 1, 4e-4], [1e-9, 3, 1.3e-3, 1e-3], [10, 10, 10, 3e-3, 5e-3]]
+
+
+@pytest.mark.parametrize("weights", [[1], [7, 3], [0.2, 0.5, 0.3], [1e-3, 1], *RARE])
 def test_a_mixture_repeats_without_a_seam(weights):
     mixture = Mixture(weights, period=1000)
     seen = [0] * len(weights)
@@ -206,6 +209,41 @@ def test_a_mixture_repeats_without_a_seam(weights):
         if index % 500 == 0:
             assert mixture.taken(index + 1).tolist() == seen
     assert mixture[10**12][1] > 10**8
+
+
+def told_by_the_pattern(mixture, index):
+    """What a pattern alone gives, again and again."""
+    period, place = divmod(index, len(mixture.corpus))
+    corpus = int(mixture.corpus[place])
+    return corpus, period * int((mixture.corpus == corpus).sum()) + int(mixture.nth[place])
+
+
+@pytest.mark.parametrize(
+    ("weights", "common"), [([7, 3], 3), ([1, 2, 2e-2], 3), ([1, 1e-4], 1), (RARE[1], 1)]
+)
+def test_where_a_pattern_gives_the_shares_it_is_the_order(weights, common):
+    mixture = Mixture(weights, period=1000)
+    indices = range(common * 1000)
+    assert [mixture[i] for i in indices] == [told_by_the_pattern(mixture, i) for i in indices]
+
+
+@pytest.mark.parametrize("weights", RARE)
+def test_a_rare_corpus_gets_its_share(weights):
+    mixture = Mixture(weights, period=1000)
+    for total in (999, 1000, 1001, 123_456, 10**7 + 7, 10**15):
+        taken = mixture.taken(total)
+        asked = [total * weight / sum(weights) for weight in weights]
+        assert taken.sum() == total
+        small = [(n, share) for n, share in zip(taken, asked, strict=True) if share < total / 1000]
+        assert all(abs(n - share) < 2.01 for n, share in small)
+
+
+def test_the_smallest_corpora_are_passed_as_often_as_the_largest():
+    for sizes in ([2_400_000_000, 24], [2_400_000_000, 3000, 3000], [10**9, 1, 10**9]):
+        taken = Mixture(sizes).taken(10 * sum(sizes))
+        off = [abs(n - 10 * size) for n, size in zip(taken, sizes, strict=True) if size < 10**6]
+        assert max(off) <= 2, "samples"
+        assert taken / sizes == pytest.approx([10.0] * len(sizes), abs=1.01)
 
 
 def test_validation_ends_before_a_sample_comes_twice():
