@@ -56,7 +56,7 @@ def corpus(bpe, tmp_path, core):
         source = tmp_path / f"{name}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         prefix = tmp_path / name
-        build(Wanted((source,), tokenizer, prefix, **wanted), 1, print, lambda progress: None)
+        build(Wanted((source,), tokenizer, prefix, **wanted), 1, print, lambda progress: None, print)
         return prefix
 
     return make

@@ -123,7 +123,7 @@ def build(
 
     try:
         with interruptible() as end_if_asked, _bar() as (say, advance):
-            made = make(wanted, workers, _first(say), moved)
+            made = make(wanted, workers, _first(say), moved, say)
     except Interrupted as asked:
         click.echo(f"stopped by {asked.name}: nothing was written to {out}", err=True)
         raise SystemExit(128 + asked.number) from None

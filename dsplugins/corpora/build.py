@@ -2,14 +2,15 @@
 
 megatron-core's own builder writes the first two. `.bytes.npy`, int64 [documents], holds the bytes of each
 document's text, so that a loss can be told in bits a byte on any part of a corpus. Files are written under
-temporary names and renamed at the end, the index and the sidecar last. The result does not depend on the
-number of workers.
+temporary names and renamed at the end, the index and the sidecar last. One build of a corpus is at work at a
+time (`claim`). The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsplugins.corpora import sidecar
+from dsplugins.corpora.claim import claimed
 from dsplugins.corpora.documents import Bad
 from dsplugins.corpora.encoding import WIDE, Encoded, Encoder, Unencodable
 from dsplugins.corpora.pool import ordered
@@ -92,29 +94,31 @@ def build(
     workers: int,
     tell_bad: Callable[[Bad], None],
     tell_progress: Callable[[Progress], None],
+    tell: Callable[[str], None],
 ) -> Sidecar:
     """Build a corpus with so many processes; its sidecar. What can't be taken is told as it is met.
 
     Progress is told while nothing has moved, too; what that raises ends the build. So does BuildRefused,
-    which is raised here. Both leave nothing.
+    which is raised here, and Occupied while another build is at work on this corpus. All leave nothing.
     """
     files = _files(wanted)
     _refuse_tokenizer(wanted)
     _refuse_existing(wanted)
-    encoder = Encoder(wanted.tokenizer, wanted.key, wanted.fim_rate, wanted.seed)
     progress = Progress(sum(file.size for file in files))
     alive = partial(tell_progress, progress)
     wanted.out.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(wanted.out) as paths, closing(ordered(encoder, tasks(files), workers, alive)) as encoded:
-        parts = _told(encoded, progress, tell_bad, tell_progress)
-        try:
-            sizes = _write(parts, paths, wanted.tokenizer.vocab_size)
-        except Unencodable as error:
-            raise BuildRefused(f"{error}; nothing was written") from error
+    with claimed(wanted.out, tell) as claim, _partial(wanted.out, claim.owner.token) as paths:
+        _refuse_existing(wanted)  # again: what another build has made since
+        encoder = Encoder(wanted.tokenizer, wanted.key, wanted.fim_rate, wanted.seed)
+        with closing(ordered(encoder, tasks(files), workers, alive)) as encoded:
+            sizes = _write(
+                _told(encoded, progress, tell_bad, tell_progress), paths, wanted.tokenizer.vocab_size
+            )
         _refuse_result(wanted, progress)
         with paths["bytes.npy"].open("wb") as stream:
             np.save(stream, sizes)
-        made = _sidecar(wanted, files, progress, {part: _file(paths[part], alive) for part in paths})
+        made = _sidecar(wanted, files, progress, {part: _file(paths[part], alive) for part in PARTS})
+        claim.keep()
         _put(wanted.out, paths, made)
     return made
 
@@ -194,6 +198,8 @@ def _write(parts: Iterable[Encoded], paths: dict[str, Path], vocab_size: int) ->
             for start, end in zip(ends - part.lengths, ends, strict=True):
                 builder.add_document(part.tokens[start:end], [int(end - start)])
             sizes.append(part.sizes)
+    except Unencodable as error:
+        raise BuildRefused(f"{error}; nothing was written") from error
     finally:
         builder.finalize(str(paths["idx"]))
     return np.concatenate(sizes)
@@ -242,31 +248,32 @@ def _places(out: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def _partial(out: Path) -> Iterator[dict[str, Path]]:
-    """Temporary names; what still has them at the end is removed."""
-    paths = {part: out.with_name(f"{out.name}.{part}.partial") for part in PARTS}
+def _partial(out: Path, token: str) -> Iterator[dict[str, Path]]:
+    """Temporary names; what still has them at the end is removed, and what a build left that was killed."""
+    paths = {part: out.with_name(f"{out.name}.{part}.{token}.partial") for part in (*PARTS, "json")}
+    for left in out.parent.iterdir():
+        if re.fullmatch(
+            rf"{re.escape(out.name)}\.(bin|idx|bytes\.npy|json)\.[0-9a-f]{{8}}\.partial", left.name
+        ):
+            left.unlink(missing_ok=True)
     try:
         yield paths
     finally:
-        for path in (*paths.values(), _partial_sidecar(out)):
+        for path in paths.values():
             path.unlink(missing_ok=True)
-
-
-def _partial_sidecar(out: Path) -> Path:
-    return out.with_name(f"{out.name}.json.partial")
 
 
 def _put(out: Path, paths: dict[str, Path], made: Sidecar) -> None:
     """Old sidecar and index go first: they must never stand beside new files, and nothing opens without."""
-    final, partial, places = sidecar.place(out), _partial_sidecar(out), _places(out)
-    partial.write_text(made.text())
-    for path in (*paths.values(), partial):
+    final, places = sidecar.place(out), _places(out)
+    paths["json"].write_text(made.text())
+    for path in paths.values():
         _on_disk(path)
     final.unlink(missing_ok=True)
     places["idx"].unlink(missing_ok=True)
     for part in ("bin", "bytes.npy", "idx"):
         os.replace(paths[part], places[part])
-    os.replace(partial, final)
+    os.replace(paths["json"], final)
 
 
 def _on_disk(path: Path) -> None:

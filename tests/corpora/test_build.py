@@ -88,7 +88,7 @@ def test_workers_change_nothing(bpe, tmp_path, core):
     for workers in (1, 3):
         out, bad = tmp_path / str(workers), []
         wanted = Wanted(FOLDERS, bpe, out / "c", ("*.py",), seed=3, skip_bad=True)
-        build(wanted, workers, bad.append, nothing)
+        build(wanted, workers, bad.append, nothing, nothing)
         made.append(files(out))
         told.append(bad)
     assert made[0] == made[1] and told[0] == told[1]
@@ -122,13 +122,13 @@ def test_bad_lines_fail_at_the_end_and_leave_nothing(bpe, tmp_path, core):
     source.write_text(BAD)
     told, out = [], tmp_path / "out"
     with pytest.raises(BuildRefused, match=r"2 of the inputs' .*1 x empty text, 1 x not JSON.*--skip-bad"):
-        build(Wanted((source,), bpe, out / "c"), 1, told.append, nothing)
+        build(Wanted((source,), bpe, out / "c"), 1, told.append, nothing, nothing)
     assert [str(bad).partition(" (")[0] for bad in told] == [
         f"{source}:2: not JSON",
         f"{source}:3: empty text",
     ]
     assert list(out.iterdir()) == []
-    made = build(Wanted((source,), bpe, out / "c", skip_bad=True), 1, nothing, nothing)
+    made = build(Wanted((source,), bpe, out / "c", skip_bad=True), 1, nothing, nothing, nothing)
     assert made.documents == 2 and made.skipped == {"empty text": 1, "not JSON": 1}
 
 
@@ -141,7 +141,9 @@ def test_an_interrupted_build_leaves_what_was_there(corpus, bpe, error):
         raise error
 
     with pytest.raises((KeyboardInterrupt, OSError)):
-        build(Wanted((prefix.parent / "c.jsonl",), bpe, prefix, overwrite=True), 1, nothing, interrupt)
+        build(
+            Wanted((prefix.parent / "c.jsonl",), bpe, prefix, overwrite=True), 1, nothing, interrupt, nothing
+        )
     assert files(prefix.parent) == before
 
 
@@ -190,7 +192,9 @@ def test_a_tokenizer_without_the_marks_is_refused(corpus, bpe):
 def test_nothing_is_no_corpus(bpe, tmp_path, core):
     (tmp_path / "in.jsonl").write_text("")
     with pytest.raises(BuildRefused, match="no document"):
-        build(Wanted((tmp_path / "in.jsonl",), bpe, tmp_path / "c", skip_bad=True), 1, nothing, nothing)
+        build(
+            Wanted((tmp_path / "in.jsonl",), bpe, tmp_path / "c", skip_bad=True), 1, nothing, nothing, nothing
+        )
     assert files(tmp_path).keys() == {"in.jsonl"}
 
 
