@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-NVIDIA = Path(__file__).parent / "nvidia"
+HERE = Path(__file__).parent
+NVIDIA = HERE / "nvidia"
 CUDA = SimpleNamespace(slots={"platform": "cuda"})
 
 
@@ -121,30 +122,35 @@ RUNS = (
     ["train.steps=2", *BF16, "plugins.v3_recompute={}"],
     ["train.steps=2", "plugins.sequential=null", "plugins.grouped={}", "plugins.adamw.zero=false"],
 )
-LINE = f"""
+LINE = """
 import torch.distributed as dist
 from dsplugins.testing import world
-from runs import trained
+from test_apex import numbers
 world.prepare_cpu()
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-for overrides in {RUNS}:
-    rows = trained(overrides)["rows"]
-    print("numbers", [(row["loss"], row["grad_norm"]) for row in rows])
+print("numbers", numbers())
 """
 
 
-def numbers(*paths):
-    """Losses and norms of RUNS in a process of its own, with `paths` to import from."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), *sys.path])}
+def numbers():
+    """Losses and norms of RUNS in this process."""
+    from runs import trained
+
+    return [[(row["loss"], row["grad_norm"]) for row in trained(each)["rows"]] for each in RUNS]
+
+
+def numbers_with(path):
+    """The same in a process that may import what lies in `path`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(HERE), *sys.path])}
     done = subprocess.run([sys.executable, "-c", LINE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith("numbers")]
+    (said,) = (line for line in done.stdout.splitlines() if line.startswith("numbers "))
+    return said
 
 
-def test_presence_decides_nothing():
+def test_presence_decides_nothing(workers):
     """With NVIDIA's apex, with TransformerEngine and without: the same bits, and none of their kernels."""
-    here = Path(__file__).parent
-    alone = numbers()
+    (alone,) = workers(1).run(numbers)
     assert len(alone) == len(RUNS)
-    assert numbers(NVIDIA) == alone
-    assert numbers(here / "transformer_engine_there") == alone
+    assert numbers_with(NVIDIA) == f"numbers {alone}"
+    assert numbers_with(HERE / "transformer_engine_there") == f"numbers {alone}"
