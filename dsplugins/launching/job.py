@@ -49,7 +49,7 @@ class Job:
     """A run as a scheduler's job."""
 
     name: str
-    """The recipe's, in lower-case letters, digits and dashes."""
+    """The recipe's, as `job_name` makes it one."""
     cluster: Cluster
     processes: int
     """Ranks on each node."""
@@ -79,7 +79,7 @@ def job(
     platform = plugins.slot("platform", plan=plan)
     inside = bool(cluster.image)
     return Job(
-        name=re.sub(r"[^a-z0-9]+", "-", plan.name.lower()).strip("-")[:LONGEST_NAME].rstrip("-") or "run",
+        name=job_name(plan.name),
         cluster=cluster,
         processes=processes,
         gpus=processes if platform.device_type == "cuda" else 0,
@@ -89,6 +89,14 @@ def job(
         train=("-m", "dsplugins", "train", asked, *overrides),
         environment=environment.needed(plugins),
     )
+
+
+def job_name(recipe: str) -> str:
+    """A recipe's name as every scheduler takes it: a label of DNS (RFC 1035), which begins with a letter."""
+    words = re.findall(r"[a-z0-9]+", recipe.lower())
+    if not words or words[0][0].isdigit():
+        words = ["run", *words]
+    return "-".join(words)[:LONGEST_NAME].rstrip("-")
 
 
 def _processes(recipe: Recipe, plan: Plan, cluster: Cluster) -> int:
@@ -122,4 +130,4 @@ def _refuse_what_ends_with_the_container(recipe: Recipe, plan: Plan, cluster: Cl
     raise RecipeError(recipe.located([Problem(said, "run.directory", remedy)]))
 
 
-__all__ = ["Cluster", "Job", "job"]
+__all__ = ["Cluster", "Job", "job", "job_name"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dsplugins.launching.job import Cluster, Job
+from dsplugins.launching.job import LONGEST_NAME, Cluster, Job, job_name
 from dsplugins.launching.templates import SIGNALS, fill, template_folder
 from dsplugins.wishes import STOPS
 
@@ -169,6 +171,35 @@ def test_kubernetes_shapes(template, kinds):
     for kind, document in found.items():
         assert not unknown(document, SHAPES[kind])
         assert document["metadata"]["name"] == "a-run" and document["metadata"]["namespace"] == "ns"
+
+
+# A Service's name in https://github.com/kubernetes/apimachinery, pkg/util/validation (IsDNS1035Label); JobSet
+# asks it of its own name, which the host names of the pods begin with.
+LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("tiny", "tiny"),
+        ("V3_671B", "v3-671b"),
+        ("671b", "run-671b"),
+        ("123", "run-123"),
+        ("1e3", "run-1e3"),
+        ("true", "true"),
+        ("null", "null"),
+        ("_a..b_", "a-b"),
+        ("\u4e00", "run"),
+        ("a" * (LONGEST_NAME - 1) + "_b", "a" * (LONGEST_NAME - 1)),
+    ],
+)
+def test_names_are_labels_and_text(recipe, name):
+    assert job_name(recipe) == name and LABEL.fullmatch(name)
+    named = replace(job(), name=job_name(recipe), cluster=replace(job().cluster, namespace="123"))
+    for template in ("trainjob.yaml", "jobset.yaml"):
+        for each in yaml.safe_load_all(fill(template, named)):
+            assert (each["metadata"]["name"], each["metadata"]["namespace"]) == (name, "123")
+            assert each["spec"].get("runtimeRef", {}).get("name", name) == name
 
 
 def test_a_field_that_is_not_published_is_found():
