@@ -122,6 +122,13 @@ def documents(template):
     return {each["kind"]: each for each in yaml.safe_load_all(fill(template, job()))}
 
 
+def jobset_spec(template):
+    found = documents(template)
+    if "JobSet" in found:
+        return found["JobSet"]["spec"]
+    return found["TrainingRuntime"]["spec"]["template"]["spec"]
+
+
 def test_every_template_is_looked_at_here():
     included = {"slurm.sbatch", "jobset_spec.yaml"}
     files = {file.name for file in template_folder().iterdir() if file.suffix != ".sh"}
@@ -209,24 +216,14 @@ def test_a_field_that_is_not_published_is_found():
 
 @pytest.mark.parametrize("template", ["trainjob.yaml", "jobset.yaml"])
 def test_pods(template):
-    found = documents(template)
-    spec = (
-        found["JobSet"]["spec"] if "JobSet" in found else found["TrainingRuntime"]["spec"]["template"]["spec"]
-    )
+    spec = jobset_spec(template)
     (replicated,) = spec["replicatedJobs"]
     work, pod = replicated["template"]["spec"], replicated["template"]["spec"]["template"]["spec"]
     assert (work["completions"], work["parallelism"], work["completionMode"]) == (2, 2, "Indexed")
     # A pod failure policy is refused with any other restart policy.
     assert work["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
-    assert work["podFailurePolicy"]["rules"][0]["onExitCodes"] == {
-        "containerName": container["name"],
-        "operator": "In",
-        "values": [75],
-    }
-    (rule,) = spec["failurePolicy"]["rules"]
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert spec["network"] == {"enableDNSHostnames": True}
     nasty = NASTY.replace("$", "$$")  # Kubernetes would take $(HOME) for a variable, and $$ for a dollar
     assert container["command"][2:4] == ["dsplugins.launching.pod", nasty]
     assert container["args"] == ["-m", "dsplugins", "train", "a.yaml", nasty]
@@ -234,13 +231,34 @@ def test_pods(template):
     assert environment["NEEDED"] == nasty
     assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {"shared": "/data", "shm": "/dev/shm"}
+    shared, shm = pod["volumes"]
+    assert shared == {"name": "shared", "persistentVolumeClaim": {"claimName": "my-claim"}}
+    assert shm == {"name": "shm", "emptyDir": {"medium": "Memory"}}
+
+
+@pytest.mark.parametrize("template", ["trainjob.yaml", "jobset.yaml"])
+def test_pods_are_started_again_after_75_and_after_an_eviction(template):
+    spec = jobset_spec(template)
+    (replicated,) = spec["replicatedJobs"]
+    work = replicated["template"]["spec"]
+    name = work["template"]["spec"]["containers"][0]["name"]
+    assert work["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {"containerName": name, "operator": "In", "values": [75]}},
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
 
 
 def test_trainjob_refers_to_its_runtime():
     """Kubeflow finds what to fill in by a label and the name `node`, and sets its PET_ variables itself."""
     found = documents("trainjob.yaml")
     spec = found["TrainJob"]["spec"]
+    assert found["TrainingRuntime"]["metadata"]["labels"] == {"trainer.kubeflow.org/framework": "torch"}
+    assert found["TrainingRuntime"]["spec"]["mlPolicy"] == {"numNodes": 2, "torch": {}}
     assert spec["runtimeRef"] == {
         "apiGroup": "trainer.kubeflow.org",
         "kind": "TrainingRuntime",
@@ -293,15 +311,6 @@ def test_torchrun_hands_on_every_signal_that_asks_a_run_to_save():
     assert {number.name for number in STOPS} <= set(names)
     environment = fill("slurm_torchrun.sbatch", job()), fill("torchrun.txt", job())
     assert all(f" PET_SIGNALS_TO_HANDLE={SIGNALS}\n" in text for text in environment)
-
-
-def test_options_of_slurm_are_where_slurm_reads_them():
-    """sbatch stops looking at the first line that is a command."""
-    for template in SHELL[:2]:
-        lines = fill(template, job()).splitlines()
-        first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-        assert not [line for line in lines[first:] if line.startswith("#SBATCH")]
-        assert len([line for line in lines[:first] if line.startswith("#SBATCH")]) == 10
 
 
 def test_templates_are_short():
