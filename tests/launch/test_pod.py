@@ -56,6 +56,30 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Pod:
+    """The pod's first process, in the environment that the template describes; ended with the test."""
+
+    def __init__(self, folder, *command):
+        line = [sys.executable, "-m", "dsplugins.launching.pod", "out", *command]
+        self.process = subprocess.Popen(line, cwd=folder, env=os.environ | of_the_pod())
+
+    def asked(self, ready, number=signal.SIGTERM):
+        """Its exit code, once it was sent a signal when the file `ready` was there."""
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.02)
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
 def leave(program):
     return pod.main("out", [sys.executable, "-c", STATUS + program])
 
@@ -87,12 +111,42 @@ def test_a_run_directory_that_can_not_be_written(folder):
 def test_signals_are_handed_on(folder, number, by):
     """By torchrun, too, in the environment that the template describes."""
     (folder / "rank.py").write_text(RANK)
-    line = [sys.executable, "-m", "dsplugins.launching.pod", "out", sys.executable, *by, "rank.py"]
-    with subprocess.Popen(line, cwd=folder, env=os.environ | of_the_pod()) as process:
-        deadline = time.monotonic() + 60
-        while not (folder / "ready").exists():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(number)
-        assert process.wait(timeout=60) == 75
+    with Pod(folder, sys.executable, *by, "rank.py") as pod_:
+        assert pod_.asked(folder / "ready", number) == 75
     assert (folder / "asked").read_text() == number.name
+
+
+STARTING = "import pathlib, time; pathlib.Path('ready').touch(); time.sleep(60)"
+"""A rank that is still importing: a signal ends it, and it says nothing."""
+
+
+@pytest.mark.parametrize("by", [[], TORCHRUN], ids=["torchrun starts", "its ranks start"])
+def test_a_stop_before_the_run_could_say_a_word(folder, by):
+    (folder / "rank.py").write_text(STARTING)
+    with Pod(folder, sys.executable, *by, "rank.py") as pod_:
+        assert pod_.asked(folder / "ready") == 75
+    status = json.loads((folder / "out" / "status.json").read_text())
+    assert status["code"] == 75
+    assert status["reason"] == "stopped by SIGTERM before it took a step: start it again"
+
+
+def test_a_stop_before_torchrun_is_there(folder, monkeypatch):
+    """The signal comes while the run directory is looked at; torchrun gets it all the same."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    term = signal.SIGTERM
+    monkeypatch.setattr(pod.RunDirectory, "announce", lambda _: handlers[term](term, None))
+    assert leave("time.sleep(60)") == 75
+
+
+@pytest.mark.parametrize(("said", "code"), [("status(1)", 1), ("status(3)", 3), ("step()", 1)])
+def test_a_stop_changes_no_verdict_and_hides_no_loss(folder, said, code):
+    """After a step, the run has to save: without a word of that it has crashed."""
+    step = """
+def step():
+    row = {'step': 1, 'time': time.time()}
+    pathlib.Path('out/metrics.jsonl').write_text(json.dumps(row) + chr(10))
+"""
+    (folder / "rank.py").write_text(f"{STATUS}{step}{said}\n{STARTING}")
+    with Pod(folder, sys.executable, "rank.py") as pod_:
+        assert pod_.asked(folder / "ready") == code
