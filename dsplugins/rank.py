@@ -12,6 +12,8 @@ from dsplugins.contracts import EnvironmentUnfit
 
 LAUNCHER = "DSPLUGINS_LAUNCHER"
 """Environment variable that `dsplugins.launcher` sets for its ranks: its own process id."""
+RUN = "DSPLUGINS_RUN"
+"""Environment variable in which `dsplugins launch` tells ranks their run directory, before a recipe does."""
 NODE_NUMBERS = ("SLURM_NODEID", "JOB_COMPLETION_INDEX")
 """Variables in which Slurm and Kubernetes tell a node its number."""
 

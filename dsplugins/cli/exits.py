@@ -6,10 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any, NoReturn
 
 CODES = {
     0: "done",
@@ -36,9 +34,23 @@ def guarded(call: Callable[[], Any]) -> None:
     """
     try:
         call()
+    except SystemExit as end:
+        if end.code == 2:
+            _tell_launch(2, "usage: its output says what of it")
+        raise
     except Exception as error:
+        _tell_launch(code_of(error), reason_of(error), error)
         speaks = code_of(error) == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
         leave(code_of(error), message_of(error) if speaks else "")
+
+
+def _tell_launch(code: int, reason: str, error: Exception | None = None) -> None:
+    """Leave the code in `status.json`, as a run does: torchrun makes 1 of every code."""
+    from dsplugins.rank import RUN
+    from dsplugins.rundir import Occupied, RunDirectory
+
+    if RUN in os.environ and not isinstance(error, Occupied):
+        RunDirectory(Path(os.environ[RUN])).end(code, reason)
 
 
 def code_of(error: BaseException) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsplugins.rank import RUN
 from dsplugins.rundir import STOPPED, RunDirectory
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -36,7 +37,7 @@ def main(run_directory: str, command: Sequence[str]) -> int:
         with run.held():  # for as long as that takes: the run's rank 0 holds it then
             run.announce()  # what stands in status.json afterwards is of this attempt
     before = run.status()
-    ended = _run(command, asked)
+    ended = _run(command, run.path, asked)
     code = _verdict(ended, before, run.status())
     if code is None and asked and not run.stepped_since(began):
         code = STOPPED
@@ -46,9 +47,9 @@ def main(run_directory: str, command: Sequence[str]) -> int:
     return 1 if code is None else code
 
 
-def _run(command: Sequence[str], asked: Sequence[int]) -> int:
+def _run(command: Sequence[str], run: Path, asked: Sequence[int]) -> int:
     """Its exit code; signals are handed on, each once: torchrun takes a second one for impatience."""
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, env=os.environ | {RUN: str(run)})
     handed_on: set[int] = set()
     while True:
         for number in set(asked) - handed_on:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import pytest
 from click.testing import CliRunner
 
-from dsplugins import cli
+from dsplugins import cli, rank
 from dsplugins.cli import exits, machine
 from dsplugins.cli.columns import columns
 from dsplugins.cli.options import words
@@ -22,6 +22,7 @@ from dsplugins.contracts import EnvironmentUnfit, Problem, Range, RecipeError
 from dsplugins.hookspecs import hookimpl
 from dsplugins.manager import Chosen, Plugins
 from dsplugins.offers import Offer
+from dsplugins.rundir import Occupied
 from dsplugins.schedules import Schedule
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,7 @@ def ending(monkeypatch, capsys):
     monkeypatch.setattr(exits, "leave", leave)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv(exits.DEBUG, raising=False)
+    monkeypatch.delenv(rank.RUN, raising=False)
 
     def of(call):
         with pytest.raises(SystemExit) as end:
@@ -111,6 +113,34 @@ def raising(error):
         raise error
 
     return call
+
+
+def usage():
+    raise SystemExit(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "reason"),
+    [
+        (raising(RecipeError([Problem("a is wrong", "a", "mend it")])), 3, "a is wrong"),
+        (raising(EnvironmentUnfit("no NCCL")), 4, "no NCCL"),
+        (raising(KeyError("oops")), 1, "KeyError: 'oops'"),
+        (usage, 2, "usage: its output says what of it"),
+    ],
+)
+def test_what_ends_before_its_recipe_is_read_leaves_its_code_to_launch(
+    ending, monkeypatch, tmp_path, call, code, reason
+):
+    monkeypatch.setenv(rank.RUN, str(tmp_path))
+    ending(call)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["code"], status["reason"]) == (code, reason)
+
+
+def test_the_status_of_a_run_that_is_under_way_is_its_own(ending, monkeypatch, tmp_path):
+    monkeypatch.setenv(rank.RUN, str(tmp_path))
+    assert ending(raising(Occupied("a run is under way")))[0] == 4
+    assert not (tmp_path / "status.json").exists()
 
 
 RECIPE, MACHINE = Problem("a is wrong", "a", "mend it"), Problem("no GPU", kind="environment")

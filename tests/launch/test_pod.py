@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,6 +106,12 @@ def test_a_run_directory_that_can_not_be_written(folder):
     (folder / "file").touch()
     with pytest.raises(EnvironmentUnfit, match="run.directory file can't be written"):
         pod.main("file", ["true"])
+
+
+def test_ranks_know_where_their_code_is_looked_for(folder):
+    recipe = [sys.executable, "-m", "dsplugins", "train", "no_such.yaml"]
+    assert pod.main("out", ["sh", "-c", f"{shlex.join(recipe)}; exit 1"]) == 3
+    assert pod.main("out", ["sh", "-c", f"{shlex.join([*recipe, '--no-such'])}; exit 1"]) == 2
 
 
 @pytest.mark.parametrize(("number", "by"), [(signal.SIGTERM, []), (signal.SIGUSR1, TORCHRUN)])
