@@ -1,8 +1,9 @@
 """sbatch, srun and scontrol on one machine: `python fake_slurm.py PROGRAM ARGUMENTS`. For tests only.
 
 `sbatch` runs the job at once, and again as often as it asks to be requeued; `srun` really starts every task
-of every "node". What the time limit does, SIGTERM to the tasks of the first attempt, comes when the file
-`FAKE_TIME_IS_OVER` names has two lines. In `FAKE_FOLDER` are what was submitted and the job's exit codes.
+of every "node", and hands SIGUSR1 on to them. What the time limit does, the signal that the script asked for
+to the script of the first attempt, comes when the file `FAKE_TIME_IS_OVER` names has two lines. In
+`FAKE_FOLDER` are what was submitted and the job's exit codes.
 """
 
 from __future__ import annotations
@@ -35,10 +36,25 @@ def sbatch(file):
             "SLURM_NTASKS": str(nodes * tasks),
             "SLURM_RESTART_COUNT": str(len(codes)),
         }
-        codes.append(subprocess.run(["bash", file], env=environment, stderr=subprocess.STDOUT).returncode)
-        assert len(codes) < 4, codes
+        job = subprocess.Popen(["bash", file], env=environment, stderr=subprocess.STDOUT)
+        if not codes:
+            at_the_time_limit(job, options["--signal"])
+        codes.append(job.wait())
+        assert len(codes) < 9, codes
     (FOLDER / "codes").write_text(" ".join(map(str, codes)))
     return 0
+
+
+def at_the_time_limit(job, wish):
+    """`B:USR1@300` is for the script alone."""
+    shell, name, _ = re.fullmatch(r"(B:)?(\w+)@(\d+)", wish).groups()
+    assert shell
+    over = Path(os.environ.get("FAKE_TIME_IS_OVER", "/nowhere"))
+    while job.poll() is None:
+        if over.exists() and len(over.read_text().splitlines()) >= 2:
+            job.send_signal(signal.Signals[f"SIG{name}"])
+            return
+        time.sleep(0.01)
 
 
 def srun(*arguments):
@@ -50,14 +66,9 @@ def srun(*arguments):
         for node in range(nodes)
         for local in range(tasks)
     ]
-    over, limit = Path(os.environ.get("FAKE_TIME_IS_OVER", "/nowhere")), None
-    if os.environ.get("SLURM_RESTART_COUNT") != "0":
-        over = Path("/nowhere")
+    signal.signal(signal.SIGUSR1, lambda number, _: [each.send_signal(number) for each in started])
+    limit = None
     while any(each.poll() is None for each in started):
-        if over.exists() and len(over.read_text().splitlines()) >= 2:
-            over = Path("/nowhere")
-            for each in started:
-                each.send_signal(signal.SIGTERM)
         if limit is None and any(each.poll() is not None for each in started):
             limit = time.monotonic() + int(options.get("--wait", "60"))
         if limit is not None and time.monotonic() > limit:

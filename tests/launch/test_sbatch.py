@@ -48,7 +48,7 @@ def test_what_is_asked_of_slurm(template, tasks):
         "--output": "%x-%j.out",
         "--open-mode": "append",
         "--requeue": None,
-        "--signal": "TERM@120",
+        "--signal": "B:USR1@120",
         "--partition": "big",
         "--account": "mine",
         "--time": "1:00:00",

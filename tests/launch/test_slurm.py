@@ -55,11 +55,18 @@ class Cluster:
         assert code == 0, said
         return [int(word) for word in (self.folder / "codes").read_text().split()], said
 
-    def step(self, code, more=""):
-        """From now on srun starts nothing: it leaves `code` in the run's status.json, as a rank does."""
+    def step(self, code, more="", again=0):
+        """From now on srun starts nothing: it leaves `code` in the run's status.json, as a rank does.
+
+        With None it says nothing. `more` is shell code of the first attempt; later ones leave `again`.
+        """
+        later = f'[ "$SLURM_RESTART_COUNT" = 0 ] || {{ {self._word(again)}exit 1; }}\n'
+        (self.folder / "bin" / "srun").write_text(f"#!/bin/bash\n{later}{self._word(code)}{more}exit 1\n")
+
+    @staticmethod
+    def _word(code):
         program = f"from dsplugins.rundir import *; RunDirectory(Path('out')).end({code}, 'so it is')"
-        written = "" if code is None else f'"{sys.executable}" -c "{program}"\n'
-        (self.folder / "bin" / "srun").write_text(f"#!/bin/bash\n{written}{more}exit 1\n")
+        return "" if code is None else f'"{sys.executable}" -c "{program}"\n'
 
     def losses(self):
         rows = [json.loads(line) for line in (self.folder / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -90,11 +97,11 @@ def test_two_nodes_with_torchrun_stopped_requeued_and_the_same_as_one(cluster, o
     )
     assert codes == [75, 0], said
     assert cluster.status["code"] == 0 and cluster.status["steps"] == 12
-    assert "stopped by SIGTERM after step" in said and "Submitted batch job 4242" in said
+    assert "stopped by SIGUSR1 after step" in said and "Submitted batch job 4242" in said
     assert cluster.losses() == on_one_node
     submitted = (cluster.folder / "tiny.sbatch").read_text()
     assert submitted == (cluster.folder / "submitted").read_text()
-    assert "#SBATCH --time=1:00:00\n" in submitted and "#SBATCH --signal=TERM@300\n" in submitted
+    assert "#SBATCH --time=1:00:00\n" in submitted and "#SBATCH --signal=B:USR1@300\n" in submitted
 
 
 def test_tasks_of_srun_are_ranks(cluster, on_one_node):
@@ -124,6 +131,48 @@ def test_a_job_that_is_cancelled_is_not_requeued(cluster):
     cluster.step(75, "kill -TERM $PPID\nsleep 0.1\n")
     codes, said = cluster.launch(*RECIPE)
     assert codes == [-15] and cluster.status["code"] == 75, said
+
+
+STEP = """echo "{\\"step\\": 1, \\"time\\": $(date +%s).5}" > out/metrics.jsonl\n"""
+TIME_IS_OVER, STOP = "kill -USR1 $PPID\nexec sleep 9\n", "kill -USR2 $PPID\nexec sleep 9\n"
+"""To the script, which hands it on to srun: that ends in its sleep, as what still starts does."""
+
+
+def test_a_job_whose_time_is_over_while_it_starts_is_requeued(cluster):
+    cluster.step(None, TIME_IS_OVER)
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == [75, 0], said
+
+
+@pytest.mark.parametrize(("code", "before"), [(3, ""), (None, STEP)], ids=["a verdict", "a step"])
+def test_the_time_limit_changes_no_verdict_and_hides_no_loss(cluster, code, before):
+    """After a step the run has to save: without a word of that it has crashed."""
+    cluster.step(code, before + TIME_IS_OVER)
+    codes, said = cluster.launch(*RECIPE)
+    assert codes[0] == (code or 1), said
+
+
+@pytest.mark.parametrize("code", [75, None])
+def test_a_job_that_is_stopped_by_usr2_is_not_requeued(cluster, code):
+    """`scancel --batch --signal=USR2`: the run saves, or was still starting."""
+    cluster.step(code, STOP)
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == [75] and "stopped by USR2; submit it again to go on" in said, said
+
+
+def test_a_time_limit_after_a_stop_does_not_undo_it(cluster):
+    both = "trap : USR1\nkill -USR2 $PPID\nsleep 0.3\nkill -USR1 $PPID\nsleep 0.3\n"
+    cluster.step(75, both)
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == [75], said
+
+
+def test_what_ranks_are_told_of_their_run(cluster):
+    """A recipe that isn't there on the nodes ends them before it could name a run directory."""
+    train = f'"{sys.executable}" -m dsplugins train no_such.yaml'
+    (cluster.folder / "bin" / "srun").write_text(f"#!/bin/bash\n{train}\nexit 1\n")
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == [3] and cluster.status["code"] == 3, said
 
 
 def test_a_port_in_use(cluster):

@@ -130,7 +130,7 @@ def jobset_spec(template):
 
 
 def test_every_template_is_looked_at_here():
-    included = {"slurm.sbatch", "jobset_spec.yaml"}
+    included = {"slurm.sbatch", "slurm_ended.sbatch", "jobset_spec.yaml"}
     files = {file.name for file in template_folder().iterdir() if file.suffix != ".sh"}
     assert files == {*SHELL, "trainjob.yaml", "jobset.yaml"} | included
 
