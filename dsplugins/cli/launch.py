@@ -52,6 +52,7 @@ class Word(click.ParamType):
     help="slurm: torchrun (default) or srun starts the ranks; kubernetes: trainjob (default) or jobset.",
 )
 @click.option("--grace", type=click.IntRange(min=1), default=300, show_default=True, help="Seconds to save.")
+@click.option("--retries", type=click.IntRange(min=0), help="Starts after a crash; default: 3. 75 is none.")
 @click.option("--partition", type=Word(), default="", help="Slurm's.")
 @click.option("--account", type=Word(), default="", help="Slurm's.")
 @click.option("--time", type=Word(), default="", help="Slurm's limit, such as 24:00:00; then it goes on.")
@@ -117,6 +118,7 @@ def _cluster(nodes: int, processes: int | None, options: dict[str, Any]) -> Clus
     from dsplugins.launching.job import Cluster
 
     claim, _, shared = options.pop("shared").rpartition(":")
+    options = {name: value for name, value in options.items() if value is not None}
     return Cluster(nodes=nodes, processes=processes, claim=claim, shared=shared, **options)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 READ_BY = {
+    "retries": ("slurm", "kubernetes"),
     "partition": ("slurm",),
     "account": ("slurm",),
     "time": ("slurm",),
@@ -31,7 +32,7 @@ def refuse(target: str, given: Mapping[str, Any], dry_run: bool) -> None:
 
 def _unused(target: str, given: Mapping[str, Any], dry_run: bool) -> Iterator[str]:
     for name, targets in READ_BY.items():
-        if given[name] and target not in targets:
+        if given[name] not in (None, "") and target not in targets:
             yield f"--{name} means nothing on {target}, only on {' and '.join(targets)}: leave it out"
     if given["out"] and dry_run:
         yield "--dry-run writes nothing, so there is no file for --out: leave out one of them"

@@ -31,6 +31,8 @@ class Cluster:
     """Ranks on each; None: `run.world_size` / `nodes`."""
     grace: int = 300
     """Seconds between the request to stop and the end: time to save."""
+    retries: int = 3
+    """Further starts after a crash; a stop with code 75 is none."""
     partition: str = ""
     account: str = ""
     time: str = ""

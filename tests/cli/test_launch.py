@@ -62,6 +62,14 @@ def test_kubernetes_is_written_and_applied(run, way, kinds):
     assert [each["kind"] for each in yaml.safe_load_all(Path("mine.yaml").read_text())] == kinds
 
 
+@pytest.mark.parametrize(("given", "retries"), [([], 3), (["--retries", "0"], 0), (["--retries", "50"], 50)])
+def test_retries_reach_both_schedulers(run, given, retries):
+    script = run("--on", "slurm", "--dry-run", *given).stdout
+    assert f'[ "$crashes" -le {retries} ]\n' in script
+    jobset = yaml.safe_load(run(*KUBERNETES, "--by", "jobset", "--dry-run", *given).stdout)
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == retries
+
+
 def test_a_dry_run_prints_and_leaves_nothing(run):
     program("sbatch")
     printed = run("--on", "slurm", "--dry-run").stdout
@@ -139,6 +147,7 @@ def test_a_recipe_that_does_not_fit_is_refused(run, arguments, said):
         (["--on", "torchrun", "--out", "x"], "--out means nothing on torchrun, only on slurm and kubernetes"),
         (["--on", "torchrun", "--image", "x"], "--image means nothing on torchrun"),
         (["--on", "torchrun", "--shared", "/x"], "--shared means nothing on torchrun"),
+        (["--on", "torchrun", "--retries", "0"], "--retries means nothing on torchrun"),
         (["--on", "torchrun", "--account", "x"], "--account means nothing on torchrun"),
         (["--on", "slurm", "--out", "x", "--dry-run"], "--dry-run writes nothing, so there is no file"),
         (
@@ -192,7 +201,7 @@ def test_no_times_of_slurm(time):
 
 def test_a_grace_that_fits_is_taken(run):
     printed = run("--on", "slurm", "--time", "00:05:01", "--dry-run").stdout
-    assert "#SBATCH --signal=TERM@300\n" in printed and "#SBATCH --time=00:05:01\n" in printed
+    assert "#SBATCH --signal=B:USR1@300\n" in printed and "#SBATCH --time=00:05:01\n" in printed
 
 
 def test_a_file_that_can_not_be_written_is_told(run):

@@ -55,12 +55,13 @@ class Cluster:
         assert code == 0, said
         return [int(word) for word in (self.folder / "codes").read_text().split()], said
 
-    def step(self, code, more="", again=0):
+    def step(self, code, more="", again=0, always=False):
         """From now on srun starts nothing: it leaves `code` in the run's status.json, as a rank does.
 
-        With None it says nothing. `more` is shell code of the first attempt; later ones leave `again`.
+        With None it says nothing. `more` is shell code of the first attempt; later ones leave `again`, unless
+        they are `always` the same.
         """
-        later = f'[ "$SLURM_RESTART_COUNT" = 0 ] || {{ {self._word(again)}exit 1; }}\n'
+        later = "" if always else f'[ "$SLURM_RESTART_COUNT" = 0 ] || {{ {self._word(again)}exit 1; }}\n'
         (self.folder / "bin" / "srun").write_text(f"#!/bin/bash\n{later}{self._word(code)}{more}exit 1\n")
 
     @staticmethod
@@ -190,16 +191,44 @@ def test_a_run_directory_that_can_not_be_written(cluster):
     assert codes == [4] and "run.directory out can't be written on " in said, said
 
 
-@pytest.mark.parametrize(("code", "attempts"), [(3, [3]), (None, [1])])
-def test_other_ends_are_not_requeued(cluster, code, attempts):
+@pytest.mark.parametrize("code", [2, 3, 4])
+def test_what_would_end_the_same_again_is_not_requeued(cluster, code):
     """What an earlier attempt left in status.json is not taken for this one's."""
     run = RunDirectory(cluster.folder / "out")
     run.announce()
     run.end(75, "stopped early")
     cluster.step(code)
     codes, said = cluster.launch(*RECIPE)
-    assert codes == attempts, said
+    assert codes == [code], said
     assert not list((cluster.folder / "out").glob("began-*"))
+
+
+CHECKPOINT = "[ $SLURM_RESTART_COUNT != {0} ] || mkdir -p out/checkpoints/step-0000000{0}\n"
+
+
+@pytest.mark.parametrize("code", [1, None])
+@pytest.mark.parametrize(("retries", "further", "attempts"), [(0, [], 1), (2, [], 3), (2, [1, 2], 5)])
+def test_crashes_are_requeued_until_the_run_gets_no_further(cluster, code, retries, further, attempts):
+    """With checkpoints after the starts 1 and 2, counting begins anew at each."""
+    cluster.step(code, "".join(map(CHECKPOINT.format, further)), always=True)
+    codes, said = cluster.launch(*RECIPE, "--retries", str(retries))
+    assert codes == [1] * attempts, said
+    newest = "step-00000002" if further else "none"
+    assert f"crash {retries + 1} with newest checkpoint {newest}; --retries {retries}\n" in said
+
+
+def test_another_job_counts_anew(cluster):
+    cluster.step(None)
+    (cluster.folder / "out").mkdir()
+    (cluster.folder / "out" / "crashes").write_text("4241 none\n" * 9)
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == [1, 0], said
+
+
+def test_a_crash_after_a_stop_by_usr2_is_not_requeued(cluster):
+    cluster.step(1, STOP)
+    codes, said = cluster.launch(*RECIPE)
+    assert codes == [1], said
 
 
 def test_a_job_beside_a_run_that_is_under_way_leaves_it_its_status(cluster):
@@ -208,5 +237,5 @@ def test_a_job_beside_a_run_that_is_under_way_leaves_it_its_status(cluster):
     before = run.status()
     with run.held():
         codes, said = cluster.launch(*RECIPE)
-    assert codes == [1] and "a run is under way in out" in said, said
+    assert codes == [4] and "a run is under way in out, by process " in said, said
     assert run.status() == before

@@ -130,7 +130,7 @@ def jobset_spec(template):
 
 
 def test_every_template_is_looked_at_here():
-    included = {"slurm.sbatch", "slurm_ended.sbatch", "jobset_spec.yaml"}
+    included = {"slurm.sbatch", "slurm_asked.sbatch", "slurm_ended.sbatch", "jobset_spec.yaml"}
     files = {file.name for file in template_folder().iterdir() if file.suffix != ".sh"}
     assert files == {*SHELL, "trainjob.yaml", "jobset.yaml"} | included
 
@@ -239,18 +239,61 @@ def test_pods(template):
 
 
 @pytest.mark.parametrize("template", ["trainjob.yaml", "jobset.yaml"])
-def test_pods_are_started_again_after_75_and_after_an_eviction(template):
+def test_which_pods_are_started_again(template):
+    """As often as it takes after 75 and an eviction, never after 2, 3 and 4, else up to maxRestarts."""
     spec = jobset_spec(template)
     (replicated,) = spec["replicatedJobs"]
-    work = replicated["template"]["spec"]
-    name = work["template"]["spec"]["containers"][0]["name"]
-    assert work["podFailurePolicy"]["rules"] == [
-        {"action": "FailJob", "onExitCodes": {"containerName": name, "operator": "In", "values": [75]}},
-        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-    ]
-    (rule,) = spec["failurePolicy"]["rules"]
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    name = replicated["template"]["spec"]["template"]["spec"]["containers"][0]["name"]
+    container = f"Container {name} for pod ns/a-run-node-0-1-x failed with exit code"
+    evicted = {"type": "DisruptionTarget", "status": "True"}
+    policy = spec["failurePolicy"]
+    assert policy["maxRestarts"] == 3
+    for code, condition, message, action in [
+        (75, None, f"{container} 75 matching FailJob rule at index 0", "RestartJobSetAndIgnoreMaxRestarts"),
+        (1, evicted, EVICTED, "RestartJobSetAndIgnoreMaxRestarts"),
+        (2, None, f"{container} 2 matching FailJob rule at index 2", "FailJobSet"),
+        (3, None, f"{container} 3 matching FailJob rule at index 2", "FailJobSet"),
+        (4, None, f"{container} 4 matching FailJob rule at index 2", "FailJobSet"),
+        (1, None, None, "RestartJobSet"),
+        (137, None, None, "RestartJobSet"),
+    ]:
+        said = failure(replicated["template"]["spec"], name, code, condition)
+        assert said == message
+        assert decided(policy, said) == action
+
+
+EVICTED = "Pod ns/a-run-node-0-1-x has condition DisruptionTarget matching FailJob rule at index 1"
+
+
+def failure(work, name, code, condition):
+    """What the Job's condition says; None where no rule of the pod's matches, only the limit of backoffs.
+
+    The texts: https://github.com/kubernetes/kubernetes, pkg/controller/job/pod_failure_policy.go.
+    """
+    for index, rule in enumerate(work["podFailurePolicy"]["rules"]):
+        exits = rule.get("onExitCodes")
+        assert rule["action"] == "FailJob"
+        if exits and exits["containerName"] == name and exits["operator"] == "In" and code in exits["values"]:
+            said = f"Container {name} for pod ns/a-run-node-0-1-x failed with exit code {code}"
+        elif condition in rule.get("onPodConditions", []):
+            said = f"Pod ns/a-run-node-0-1-x has condition {condition['type']}"
+        else:
+            continue
+        return f"{said} matching FailJob rule at index {index}"
+    return None
+
+
+def decided(policy, message):
+    """The action of the first rule that matches, else what JobSet does without one.
+
+    As https://github.com/kubernetes-sigs/jobset, pkg/controllers/failure_policy.go, has it.
+    """
+    reason = "PodFailurePolicy" if message else "BackoffLimitExceeded"
+    for rule in policy["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(p, message or "") for p in patterns):
+            return rule["action"]
+    return "RestartJobSet"
 
 
 def test_trainjob_refers_to_its_runtime():
