@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dsplugins import kept
+from dsplugins.contracts import Problem
 
 if TYPE_CHECKING:
     from dsplugins.manager import Plugins
@@ -25,6 +26,8 @@ RESTORE = "put back a copy of it; to train, --fresh starts over, run.directory=.
 """What to do where it isn't known any more what a run was made from."""
 DATA = ("tokenizer", "digest")
 """Facts of the data without which a run is another one."""
+SOURCE = " (from)"
+"""What the key ends with that says where a plugin comes from."""
 IGNORED = ("run.directory",)
 """Where a run lies is not what it is."""
 
@@ -39,6 +42,10 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.key}: {self.before} -> {self.now}"
+
+    def is_another_version(self) -> bool:
+        """Whether only a plugin's package is another, or its version."""
+        return self.key.endswith(SOURCE) and ABSENT not in (self.before, self.now)
 
 
 def of_run(path: Path) -> dict[str, str]:
@@ -100,6 +107,11 @@ def since(path: Path, recipe: Recipe, plugins: Plugins) -> list[Change]:
     return between({key: value for key, value in made.items() if not key.startswith("versions.")}, now)
 
 
+def problems(path: Path, differences: Sequence[Change], remedy: str = REMEDY) -> list[Problem]:
+    """Every difference as a reason not to go on with the run in `path`."""
+    return [Problem(f"{path} holds a run with another {each}", each.key, remedy) for each in differences]
+
+
 def data_of(facts: Mapping[str, Any]) -> dict[str, str]:
     """What a checkpoint keeps of the data that it was trained on, from `Data.facts`."""
     return {key: str(facts[key]) for key in DATA if key in facts}
@@ -123,9 +135,9 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _sources(lock: list[dict[str, Any]]) -> dict[str, str]:
     """Where each plugin comes from."""
     return {
-        f"plugins.{item['name']} (from)": f"{item['distribution']} {item['version']} {item['class']}"
+        f"plugins.{item['name']}{SOURCE}": f"{item['distribution']} {item['version']} {item['class']}"
         for item in lock
     }
 
 
-__all__ = ["ABSENT", "Change", "between", "data_of", "of_data", "of_run", "on_the_way", "since"]
+__all__ = ["ABSENT", "Change", "between", "data_of", "of_data", "of_run", "on_the_way", "problems", "since"]

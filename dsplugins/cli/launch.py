@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from dsplugins.launching.job import Cluster
+    from dsplugins.launching.job import Cluster, Job
     from dsplugins.manager import Plugins
+    from dsplugins.recipe import Recipe
 
 TEMPLATES = {
     ("slurm", "torchrun"): "slurm_torchrun.sbatch",
@@ -22,6 +23,8 @@ TEMPLATES = {
     ("torchrun", ""): "torchrun.txt",
 }
 """(target, way) -> template; the first way of a target is its default."""
+INSTEAD = "--accept-changes goes on with it, run.directory=... begins beside it"
+"""What to do where a run would go on as another one."""
 SUBMIT = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f"]}
 
 
@@ -61,6 +64,7 @@ class Word(click.ParamType):
     "--shared", type=Word(), default="", help="Shared folder in the container; CLAIM:FOLDER on Kubernetes."
 )
 @click.option("--namespace", type=Word(), default="", help="Kubernetes'.")
+@click.option("--accept-changes", is_flag=True, help="Go on although recipe, plugins or data have changed.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
 @click.option("--dry-run", is_flag=True, help="Print it; write and submit nothing.")
 def command(
@@ -70,6 +74,7 @@ def command(
     target: str,
     processes_per_node: int | None,
     way: str | None,
+    accept_changes: bool,
     out: Path | None,
     dry_run: bool,
     **options: Any,
@@ -90,7 +95,9 @@ def command(
     cluster = _cluster(nodes, processes_per_node, options)
     loaded = Recipe.load(recipe, overrides)
     plugins, plan = prepared(loaded)
-    work = job(loaded, plugins, plan, cluster, recipe, overrides)
+    work = job(loaded, plugins, plan, cluster, ["--accept-changes"] * accept_changes + [recipe, *overrides])
+    if not accept_changes:
+        _refuse_changes(loaded, plugins, work)
     text = fill(template, work)
     click.echo(
         f"nodes: {nodes}, ranks on each: {work.processes}; run directory: {work.run_directory}", err=True
@@ -120,6 +127,23 @@ def _cluster(nodes: int, processes: int | None, options: dict[str, Any]) -> Clus
     claim, _, shared = options.pop("shared").rpartition(":")
     options = {name: value for name, value in options.items() if value is not None}
     return Cluster(nodes=nodes, processes=processes, claim=claim, shared=shared, **options)
+
+
+def _refuse_changes(recipe: Recipe, plugins: Plugins, work: Job) -> None:
+    """Raise RecipeError where the ranks would end with it, if the run's directory can be seen from here."""
+    from dsplugins import changes
+    from dsplugins.contracts import RecipeError
+    from dsplugins.rundir import RunDirectory
+
+    inside = bool(work.cluster.image)
+    run = RunDirectory(Path(work.folder if inside else "", work.run_directory))
+    if not run.begun():
+        return
+    differences = changes.since(run.path, recipe, plugins)
+    if inside:  # which version of a plugin the image has isn't known here
+        differences = [each for each in differences if not each.is_another_version()]
+    if differences:
+        raise RecipeError(recipe.located(changes.problems(run.path, differences, INSTEAD)))
 
 
 def _tell_data(plugins: Plugins) -> None:

@@ -63,15 +63,13 @@ class Job:
     """Where the ranks start: relative paths of the recipe count from here."""
     run_directory: str
     train: tuple[str, ...]
-    """Arguments of `python`, or of torchrun: `-m dsplugins train RECIPE KEY=VALUE ...`."""
+    """Arguments of `python`, or of torchrun: `-m dsplugins train [OPTION] RECIPE KEY=VALUE ...`."""
     environment: dict[str, str] = field(default_factory=dict)
     """What the recipe's plugins need."""
 
 
-def job(
-    recipe: Recipe, plugins: Plugins, plan: Plan, cluster: Cluster, asked: str, overrides: Sequence[str]
-) -> Job:
-    """The run of `plan` on `cluster`; `asked` is the recipe as it was named on the command line.
+def job(recipe: Recipe, plugins: Plugins, plan: Plan, cluster: Cluster, arguments: Sequence[str]) -> Job:
+    """The run of `plan` on `cluster`; `arguments` are those of `dsplugins train`.
 
     Raises RecipeError where nodes and processes don't come to `run.world_size`, or where the run would be
     kept inside a container.
@@ -88,7 +86,7 @@ def job(
         python="python" if inside else sys.executable,
         folder=cluster.shared if inside else str(Path.cwd()),
         run_directory=plan.run.directory,
-        train=("-m", "dsplugins", "train", asked, *overrides),
+        train=("-m", "dsplugins", "train", *arguments),
         environment=environment.needed(plugins),
     )
 

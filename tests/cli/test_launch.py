@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from click.testing import CliRunner
 
 from dsplugins.cli import launch
 from dsplugins.cli.launch_options import seconds
+from dsplugins.cli.train import _complete, prepared
 from dsplugins.contracts import EnvironmentUnfit, RecipeError
+from dsplugins.recipe import Recipe
+from dsplugins.rundir import RunDirectory
 
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 KUBERNETES = ["--on", "kubernetes", "--image", "registry/image:1", "--shared", "claim:/data"]
@@ -60,6 +64,73 @@ def test_kubernetes_is_written_and_applied(run, way, kinds):
     run(*KUBERNETES, *(["--by", *way] if way else []), "--out", "mine.yaml")
     assert Path("called").read_text() == "kubectl apply -f mine.yaml\n"
     assert [each["kind"] for each in yaml.safe_load_all(Path("mine.yaml").read_text())] == kinds
+
+
+def begun(directory, *overrides, **lock):
+    """A run of two nodes that took a step; `lock` is what its plugins' lock says instead of the truth."""
+    recipe = Recipe.load(TINY, ["run.world_size=4", *overrides])
+    run = RunDirectory(Path(directory))
+    run.start(recipe, prepared(recipe)[0])
+    run.log({"step": 1})
+    file = run.path / "plugins.lock.json"
+    kept = json.loads(file.read_text())
+    kept["plugins"] = [{**each, **lock} for each in kept["plugins"]]
+    file.write_text(json.dumps(kept))
+
+
+def refused(run, *arguments):
+    """Each reason for a refusal, without its remedy; none where it is written."""
+    try:
+        run(*arguments, "--dry-run")
+    except RecipeError as raised:
+        remedy = "--accept-changes goes on with it, run.directory=... begins beside it"
+        assert {problem.remedy for problem in raised.problems} == {remedy}
+        return [problem.message for problem in raised.problems]
+    return []
+
+
+def test_another_recipe_over_a_run_is_refused_before_it_waits_in_the_queue(run):
+    program("sbatch")
+    begun("runs/tiny")
+    with pytest.raises(RecipeError) as raised:
+        run("--on", "slurm", "train.steps=99")
+    (problem,) = raised.value.problems
+    assert problem.message == "runs/tiny holds a run with another train.steps: 5 -> 99"
+    recipe = Recipe.load(TINY, ["run.world_size=4", "train.steps=99"])
+    with pytest.raises(RecipeError) as trained:
+        _complete(RunDirectory(Path("runs/tiny")), recipe, prepared(recipe)[0], fresh=False, accept=False)
+    assert [each.message for each in trained.value.problems] == [problem.message]
+    assert not Path("called").exists() and not Path("tiny.sbatch").exists()
+    run("--on", "slurm", "train.steps=99", "--accept-changes")
+    assert f" -m dsplugins train --accept-changes {TINY} " in Path("tiny.sbatch").read_text()
+    assert Path("called").exists()
+
+
+@pytest.mark.parametrize("target", ["slurm", "torchrun"])
+def test_a_run_that_goes_on_as_it_was_is_written(run, target):
+    begun("runs/tiny")
+    assert refused(run, "--on", target) == []
+    assert refused(run, "--on", target, "train.seed=7") != []
+    assert refused(run, "--on", target, "train.seed=7", "run.directory=beside") == []
+
+
+def test_a_run_in_a_shared_folder_is_looked_at_there(run, tmp_path):
+    """Its plugins are the image's: only here another version says nothing."""
+    begun("data/runs/tiny", version="0.0.7")
+    kubernetes = [*KUBERNETES[:-1], f"claim:{tmp_path}/data"]
+    for where in (kubernetes, ["--on", "slurm", "--image", "a", "--shared", f"{tmp_path}/data"]):
+        assert refused(run, *where) == []
+        (said, *_) = refused(run, *where, "train.seed=7")
+        assert said.startswith(f"{tmp_path}/data/runs/tiny holds a run with another train.seed: ")
+        assert any("curves (from): absent" in each for each in refused(run, *where, "plugins.curves={}"))
+
+
+def test_a_damaged_run_is_told(run):
+    begun("runs/tiny")
+    Path("runs/tiny/plugins.lock.json").write_text("")
+    with pytest.raises(RecipeError, match="is empty") as raised:
+        run("--on", "slurm", "--dry-run")
+    assert raised.value.problems[0].place == "runs/tiny/plugins.lock.json"
 
 
 @pytest.mark.parametrize(("given", "retries"), [([], 3), (["--retries", "0"], 0), (["--retries", "50"], 50)])
