@@ -55,7 +55,7 @@ class Word(click.ParamType):
     help="slurm: torchrun (default) or srun starts the ranks; kubernetes: trainjob (default) or jobset.",
 )
 @click.option("--grace", type=click.IntRange(min=1), default=300, show_default=True, help="Seconds to save.")
-@click.option("--retries", type=click.IntRange(min=0), help="Starts after a crash; default: 3. 75 is none.")
+@click.option("--retries", type=click.IntRange(min=0), help="Starts after crashes; default: 3.")
 @click.option("--partition", type=Word(), default="", help="Slurm's.")
 @click.option("--account", type=Word(), default="", help="Slurm's.")
 @click.option("--time", type=Word(), default="", help="Slurm's limit, such as 24:00:00; then it goes on.")
@@ -82,7 +82,8 @@ def command(
     """Write what starts RECIPE on many machines, and submit it: sbatch, or kubectl apply.
 
     On `torchrun` it prints the line for each node; there is nothing to submit. A run that is stopped early
-    saves, ends with code 75, and is started again by Slurm or Kubernetes until it is complete.
+    saves, ends with code 75, and is started again by Slurm or Kubernetes until it is complete; one that
+    crashes, up to --retries times.
     """
     from dsplugins.cli import launch_options
     from dsplugins.cli.train import prepared
