@@ -13,7 +13,7 @@ from dsplugins.launching.templates import fill
 SCRIPTS = {"slurm_torchrun.sbatch": "1", "slurm_srun.sbatch": "8"}
 """Template -> tasks on a node."""
 CLUSTER = Cluster(nodes=2, grace=120, partition="big", account="mine", time="1:00:00")
-JOB = Job("a-run", CLUSTER, 8, 8, "python", "/home/me", "runs/a", ("-m", "dsplugins", "train", "a.yaml"))
+JOB = Job("a-run", CLUSTER, 8, 8, "python", "/shared", "runs/a", ("-m", "dsplugins", "train", "a.yaml"))
 
 
 def asked(text):

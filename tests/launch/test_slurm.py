@@ -158,7 +158,7 @@ def test_a_job_that_is_stopped_by_usr2_is_not_requeued(cluster, code):
     """`scancel --batch --signal=USR2`: the run saves, or was still starting."""
     cluster.step(code, STOP)
     codes, said = cluster.launch(*RECIPE)
-    assert codes == [75] and "stopped by USR2; submit it again to go on" in said, said
+    assert codes == [75] and "USR2 asked for no further start; submit it again to go on" in said, said
 
 
 def test_a_time_limit_after_a_stop_does_not_undo_it(cluster):
@@ -215,6 +215,7 @@ def test_crashes_are_requeued_until_the_run_gets_no_further(cluster, code, retri
     assert codes == [1] * attempts, said
     newest = "step-00000002" if further else "none"
     assert f"crash {retries + 1} with newest checkpoint {newest}; --retries {retries}\n" in said
+    assert said.count("no further start; submit it again to go on") == 1
 
 
 def test_another_job_counts_anew(cluster):
