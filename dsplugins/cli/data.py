@@ -100,8 +100,6 @@ def build(
     no JSON, has no text or is not UTF-8 is told with file and line; then the command fails at the end and
     writes nothing, unless told to skip it. The result does not depend on the number of workers.
     """
-    from concurrent.futures.process import BrokenProcessPool
-
     from dsplugins.contracts import EnvironmentUnfit
     from dsplugins.corpora.build import BuildRefused, Wanted
     from dsplugins.corpora.build import build as make
@@ -132,10 +130,6 @@ def build(
         raise SystemExit(2) from error
     except OSError as error:
         raise EnvironmentUnfit(f"{error.filename or out}: {error.strerror or error}") from error
-    except BrokenProcessPool as error:
-        raise EnvironmentUnfit(
-            "one of the processes was killed (out of memory?), and nothing was written: take fewer --workers"
-        ) from error
     _tell_unknown(tokenizer, *progress)
     click.echo(_told(out, made))
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.corpora import sidecar
 from dsplugins.corpora.claim import claimed
 from dsplugins.corpora.documents import Bad
 from dsplugins.corpora.encoding import WIDE, Encoded, Encoder, Unencodable
+from dsplugins.corpora.memory import killed, refuse_unfit
 from dsplugins.corpora.pool import ordered
 from dsplugins.corpora.sidecar import Sidecar
-from dsplugins.corpora.sources import File, find, tasks
+from dsplugins.corpora.sources import File, Piece, find, tasks
 from dsplugins.corpora.tokenizer import TokenizerFile
 
 PARTS = ("bin", "idx", "bytes.npy")
@@ -99,21 +102,25 @@ def build(
     """Build a corpus with so many processes; its sidecar. What can't be taken is told as it is met.
 
     Progress is told while nothing has moved, too; what that raises ends the build. So does BuildRefused,
-    which is raised here, and Occupied while another build is at work on this corpus. All leave nothing.
+    which is raised here, and EnvironmentUnfit: another build is at work on this corpus, a document is too
+    large for memory, a process was killed. All leave nothing.
     """
     files = _files(wanted)
     _refuse_tokenizer(wanted)
     _refuse_existing(wanted)
+    for file in files:
+        if not file.lines:
+            refuse_unfit(str(file.path), file.size)
     progress = Progress(sum(file.size for file in files))
     alive = partial(tell_progress, progress)
     wanted.out.parent.mkdir(parents=True, exist_ok=True)
     with claimed(wanted.out, tell) as claim, _partial(wanted.out, claim.owner.token) as paths:
         _refuse_existing(wanted)  # again: what another build has made since
         encoder = Encoder(wanted.tokenizer, wanted.key, wanted.fim_rate, wanted.seed)
-        with closing(ordered(encoder, tasks(files), workers, alive)) as encoded:
-            sizes = _write(
-                _told(encoded, progress, tell_bad, tell_progress), paths, wanted.tokenizer.vocab_size
-            )
+        sent: deque[Sequence[Piece]] = deque()
+        with closing(ordered(encoder, _noted(tasks(files), sent), workers, alive)) as encoded:
+            parts = _told(encoded, sent, progress, tell_bad, tell_progress)
+            sizes = _write(parts, paths, wanted.tokenizer.vocab_size)
         _refuse_result(wanted, progress)
         with paths["bytes.npy"].open("wb") as stream:
             np.save(stream, sizes)
@@ -170,18 +177,30 @@ def _refuse_result(wanted: Wanted, progress: Progress) -> None:
         raise BuildRefused("the inputs hold no document: nothing was written")
 
 
+def _noted(tasks: Iterable[Sequence[Piece]], sent: deque[Sequence[Piece]]) -> Iterator[Sequence[Piece]]:
+    for task in tasks:
+        sent.append(task)
+        yield task
+
+
 def _told(
     parts: Iterable[Encoded],
+    sent: deque[Sequence[Piece]],
     progress: Progress,
     tell_bad: Callable[[Bad], None],
     tell_progress: Callable[[Progress], None],
 ) -> Iterator[Encoded]:
-    for part in parts:
-        progress.add(part)
-        for bad in part.bad:
-            tell_bad(bad)
-        tell_progress(progress)
-        yield part
+    """The parts; what is `sent` and not among them yet is under way when a process is killed."""
+    try:
+        for part in parts:
+            sent.popleft()
+            progress.add(part)
+            for bad in part.bad:
+                tell_bad(bad)
+            tell_progress(progress)
+            yield part
+    except BrokenProcessPool as error:
+        raise EnvironmentUnfit(killed(piece for task in sent for piece in task)) from error
 
 
 def _write(parts: Iterable[Encoded], paths: dict[str, Path], vocab_size: int) -> NDArray[np.int64]:

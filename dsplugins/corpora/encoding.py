@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dsplugins.corpora.documents import Bad, Document, documents
 from dsplugins.corpora.fim import cuts
+from dsplugins.corpora.memory import refuse_unfit
 from dsplugins.corpora.sources import Piece
 from dsplugins.corpora.tokenizer import TokenizerFile
 
@@ -34,12 +35,16 @@ class Encoder:
     seed: int
 
     def __call__(self, task: Sequence[Piece]) -> Encoded:
-        """All documents of a task, in order."""
+        """All documents of a task, in order. Raises EnvironmentUnfit for one that memory can't hold."""
         bad: list[Bad] = []
         good: list[Document] = []
         for piece in task:
             for found in documents(piece, self.key):
-                (bad if isinstance(found, Bad) else good).append(found)  # type: ignore[arg-type]
+                if isinstance(found, Bad):
+                    bad.append(found)
+                else:
+                    refuse_unfit(piece.place, found.size)
+                    good.append(found)
         parts = [self._parts(document) for document in good]
         ids = self._ids(good, parts)
         whole = [self._joined([next(ids) for _ in pieces]) for pieces in parts]
@@ -50,7 +55,7 @@ class Encoder:
             lengths=np.array([len(document) for document in whole], dtype=np.int64),
             sizes=np.array([document.size for document in good], dtype=np.int64),
             turned=sum(len(pieces) > 1 for pieces in parts),
-            read=sum(piece.stop - piece.start for piece in task),
+            read=sum(piece.size for piece in task),
             unknown=_count(tokens, self.tokenizer.unknown),
             bad=bad,
         )

@@ -36,7 +36,7 @@ class File:
 
 @dataclass(frozen=True)
 class Piece:
-    """Whole lines of a file, or all of it."""
+    """Whole lines of a file, or all of it. Of more than `PIECE` bytes: one document."""
 
     file: File
     start: int = 0
@@ -44,6 +44,16 @@ class Piece:
     """Bytes [start, stop)."""
     first_line: int = 1
     """Number of the line at `start`."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.stop - self.start
+
+    @property
+    def place(self) -> str:
+        """Where it begins, for people."""
+        return f"{self.file.path}:{self.first_line}" if self.file.lines else str(self.file.path)
 
 
 def find(inputs: Sequence[Path], patterns: Sequence[str]) -> list[File]:
@@ -111,7 +121,7 @@ def tasks(files: Sequence[File], size: int = PIECE) -> Iterator[tuple[Piece, ...
     for file in files:
         for piece in _cut(file, size) if file.lines else (Piece(file, 0, file.size),):
             bundle.append(piece)
-            held += piece.stop - piece.start
+            held += piece.size
             if held >= size:
                 yield tuple(bundle)
                 bundle, held = [], 0
@@ -120,16 +130,21 @@ def tasks(files: Sequence[File], size: int = PIECE) -> Iterator[tuple[Piece, ...
 
 
 def _cut(file: File, size: int) -> Iterator[Piece]:
-    """A file of lines in pieces of `size` bytes and the rest of the line that they end in."""
+    """A file of lines in pieces of whole ones that fit into `size` bytes; a longer line is a piece."""
     start, line = 0, 1
     if not os.access(file.path, os.R_OK):
         yield Piece(file, 0, file.size)  # whoever reads it will say so
         return
     with file.path.open("rb") as stream:
         while block := stream.read(size):
-            block += stream.readline()
-            yield Piece(file, start, start + len(block), line)
-            start, line = start + len(block), line + block.count(b"\n")
+            whole = block.rfind(b"\n") + 1
+            stop, lines = start + (whole or len(block)), block.count(b"\n", 0, whole)
+            while not whole and (block := stream.readline(size)):
+                stop += len(block)
+                whole = lines = block.count(b"\n")
+            stream.seek(stop)
+            yield Piece(file, start, stop, line)
+            start, line = stop, line + lines
 
 
 __all__ = ["File", "Piece", "find", "left_out", "tasks"]

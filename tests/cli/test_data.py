@@ -2,7 +2,6 @@
 
 import functools
 import json
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import rich.console
@@ -181,25 +180,16 @@ def test_what_the_disk_refuses_is_the_machines_fault(bpe, core, tmp_path, broken
         assert done.exit_code == 2 and "is not a tokenizer.json" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        (PermissionError(13, "Permission denied", "in.jsonl"), "in.jsonl: Permission denied"),
-        (
-            BrokenProcessPool("a process ended"),
-            "one of the processes was killed (out of memory?), and nothing",
-        ),
-    ],
-)
-def test_what_a_build_ends_with_is_one_line(bpe, tmp_path, monkeypatch, fault, said):
+def test_what_a_build_ends_with_is_one_line(bpe, tmp_path, monkeypatch):
     def fails(*_):
-        raise fault
+        raise PermissionError(13, "Permission denied", "in.jsonl")
 
     monkeypatch.setattr(build, "build", fails)
     (tmp_path / "in.jsonl").write_text('{"text": "x"}\n')
     line = ["build", tmp_path / "in.jsonl", "--tokenizer", bpe.path, "--out", tmp_path / "c"]
     done = CliRunner().invoke(command, list(map(str, line)))
-    assert isinstance(done.exception, EnvironmentUnfit) and str(done.exception).startswith(said)
+    assert isinstance(done.exception, EnvironmentUnfit)
+    assert str(done.exception) == "in.jsonl: Permission denied"
 
 
 def test_verify_tells_what_has_changed(corpus, bpe):

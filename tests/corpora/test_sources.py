@@ -67,6 +67,14 @@ def test_pieces_are_whole_lines_and_together_the_file(tmp_path, size, end):
         assert first == lines[piece.first_line - 1]
 
 
+def test_a_line_that_is_longer_than_a_piece_is_one(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("one\n" + "x" * 300 + "\ntwo\nthree\n" + "y" * 100)
+    pieces = [piece for task in tasks(find([file], []), 20) for piece in task]
+    assert [(piece.first_line, piece.size) for piece in pieces] == [(1, 4), (2, 301), (3, 10), (5, 100)]
+    assert pieces[1].place == f"{file}:2"
+
+
 def test_small_files_travel_together_and_in_order(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * 30)
