@@ -33,6 +33,7 @@ FILES = (
         "plugins.lock.json",
         "changes.jsonl",
         "attempts.jsonl",
+        "crashes",
     ),
     *("built.json", "saved.json", "run.json", "bytes_on_wire.json", "fp8_monitor.json", "report.html"),
 )

@@ -166,18 +166,13 @@ def _complete(run: RunDirectory, recipe: Recipe, plugins: Plugins, fresh: bool, 
     unless `accept`; the loop records those.
     """
     from dsplugins import changes, rank
-    from dsplugins.contracts import Problem, RecipeError
+    from dsplugins.contracts import RecipeError
 
     if fresh or not run.begun():
         return False
     differences = changes.since(run.path, recipe, plugins)
     if differences and not accept:
-        raise RecipeError(
-            recipe.located(
-                Problem(f"{run.path} holds a run with another {each}", each.key, changes.REMEDY)
-                for each in differences
-            )
-        )
+        raise RecipeError(recipe.located(changes.problems(run.path, differences)))
     if differences or not run.complete():
         return False
     if not rank.number():
