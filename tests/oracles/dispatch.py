@@ -58,8 +58,11 @@ def experts_of(plugin, config, first: int):
     return built
 
 
-def through(dispatcher: str, experts: str, expert: int, case: str, expert_tensor: int = 1) -> dict:
-    """Output [2T, H] and all gradients, put together from both ranks."""
+def through(
+    dispatcher: str, experts: str, expert: int, case: str, expert_tensor: int = 1, size: float = 1.0
+) -> dict:
+    """Output [2T, H] and all gradients, put together from both ranks; that of the output is `size` times
+    `expected`'s."""
     from dsplugins.testing import model_parallel
 
     sizes = {"expert_model_parallel_size": expert, "expert_tensor_parallel_size": expert_tensor}
@@ -80,7 +83,7 @@ def through(dispatcher: str, experts: str, expert: int, case: str, expert_tensor
         sent, counts, scale = carrier.dispatch_postprocess(sent, scale)
         output, _ = built(sent, counts, scale)
         output = carrier.combine_postprocess(carrier.token_combine(carrier.combine_preprocess(output)))
-        (output * noise(2 * T, 1, H, seed=5).chunk(2)[rank]).sum().backward()
+        (output * size * noise(2 * T, 1, H, seed=5).chunk(2)[rank]).sum().backward()
         weights = [p.grad for p in built.parameters()]
     return {"output": output.detach(), "tokens": tokens.grad, "probs": probs.grad, "weights": weights}
 
