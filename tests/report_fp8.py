@@ -49,9 +49,9 @@ def coded(x, rows, columns, power_of_two=False, table=E4M3):
     return out
 
 
-def linear(x, w, dy, input_po2=False, gradient_po2=False, attention_output=False):
+def linear(x, w, dy, input_po2=False, gradient_po2=False, weight_po2=False, attention_output=False):
     """y, dx, dw of y = x w^T: [T, K], [N, K], [T, N] -> [T, N], [T, K], [N, K], exact sums in float64."""
-    weight = coded(w, 128, 128)
+    weight = coded(w, 128, 128, weight_po2)
     x_codes = coded(x, 1, 128, input_po2)
     y = x_codes @ weight.T
     dx = coded(dy, 1, 128, gradient_po2) @ weight
@@ -68,6 +68,19 @@ def sigmoid(x):
 def swiglu(inner, probs):
     gate, up = np.split(inner, 2, axis=-1)
     return gate * sigmoid(gate) * up * probs[:, None]
+
+
+def down(inner, probs, w, dy, input_po2=False, gradient_po2=False, weight_po2=False):
+    """y, dactive, kept, dw of y = swiglu(inner, probs) w^T: [T, 2I], [T], [N, I], [T, N] -> [T, N], [T, I],
+    [T, 2I], [N, I]. `kept` is SwiGLU's input as backward has it, `dactive` the gradient of its output.
+    """
+    weight = coded(w, 128, 128, weight_po2)
+    y = coded(swiglu(inner, probs), 1, 128, input_po2) @ weight.T
+    dactive = coded(dy, 1, 128, gradient_po2) @ weight
+    kept = coded(inner, 1, 128, input_po2)
+    # The weight gradient's other operand is the activation itself, made again: never through a row of codes.
+    dw = coded(dy.T, 1, 128, gradient_po2) @ coded(swiglu(kept, probs).T, 1, 128, input_po2).T
+    return y, dactive, kept, dw
 
 
 def difference(a, b):

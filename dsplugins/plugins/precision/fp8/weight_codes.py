@@ -20,12 +20,11 @@ KEPT = "fp8_v3_codes"
 
 def of(weight: Any, stack: torch.Tensor, rule: Rule, transposed: bool = False) -> Quantised:
     """Tiles of 128 x 128 of `stack` [E, N, K], which is `weight`; kept ones, where the rule says so."""
-    if not rule.keep_weights:
-        return rule.arithmetic.blocks(stack, rule.weight, transposed)
-    kept: dict[bool, Quantised] = getattr(weight, KEPT, None) or {}
+    kept: dict[bool, Quantised] = (getattr(weight, KEPT, None) or {}) if rule.keep_weights else {}
     if transposed not in kept:
         kept[transposed] = rule.arithmetic.blocks(stack, rule.weight, transposed)
-        setattr(weight, KEPT, kept)
+        if rule.keep_weights:
+            setattr(weight, KEPT, kept)
     return kept[transposed]
 
 

@@ -67,18 +67,21 @@ def test_each_product_is_close_to_bf16s(magnitude):
     assert report.difference(weight, (dy.t() @ x).float()) < 1e-3
 
 
+@pytest.mark.parametrize("scales", ["report", "power_of_two"])
 @pytest.mark.parametrize("name, routed", [("fc1", False), ("proj", False), ("fc1", True), ("fc2", True)])
 @pytest.mark.parametrize("tokens, inputs, outputs", [(40, 130, 150), (129, 256, 128)])
-def test_a_linear_is_the_report_s_procedure(name, routed, tokens, inputs, outputs):
+def test_a_linear_is_the_report_s_procedure(name, routed, tokens, inputs, outputs, scales):
     """Forward and backward in float32, against the readable version; the only room is FP32's sums."""
     x, w, dy = drawn(tokens, inputs), drawn(outputs, inputs, seed=1), drawn(tokens, outputs, seed=2)
     x.requires_grad_(), w.requires_grad_()
-    y = Fp8Product.apply(x, w, rule_for(name, routed, Choice()), None, None)
+    y = Fp8Product.apply(x, w, rule_for(name, routed, Choice(scales=scales)), None, None)
     y.backward(dy)
+    everywhere = scales == "power_of_two"
     expected = report.linear(
         *(t.detach().numpy() for t in (x, w, dy)),
-        input_po2=name == "proj" or (name == "fc1" and routed),
-        gradient_po2=name == "fc2" and routed,
+        input_po2=everywhere or name == "proj" or (name == "fc1" and routed),
+        gradient_po2=everywhere or (name == "fc2" and routed),
+        weight_po2=everywhere,
         attention_output=name == "proj",
     )
     for got, want in zip((y, x.grad, w.grad), expected, strict=True):
@@ -160,26 +163,26 @@ def test_grouped_experts_are_one_linear_each():
         assert torch.equal(b.grad[expert], weight.grad)
 
 
-def test_the_experts_down_projection_is_the_reports():
+@pytest.mark.parametrize("scales", ["report", "power_of_two"])
+def test_the_experts_down_projection_is_the_reports(scales):
     """SwiGLU's input is kept in E4M3 and its output made again from that; the rest as any linear."""
-    rule = rule_for("fc2", True, Choice())
     inner, probs = drawn(60, 260), torch.rand(60, generator=torch.Generator().manual_seed(3))
     w, dy = drawn(128, 130, seed=1), drawn(60, 128, seed=2)
     leaves = [t.clone().requires_grad_() for t in (inner, probs, w)]
-    SwigluDown.apply(*leaves, [60], rule).backward(dy)
+    y = SwigluDown.apply(*leaves, [60], rule_for("fc2", True, Choice(scales=scales)))
+    y.backward(dy)
 
-    kept = report.coded(inner.numpy(), 1, 128)
-    # The weight gradient's other operand is the activation itself, made again: never through a row of codes.
-    again = report.swiglu(kept, probs.numpy())
-    dw = report.coded(dy.numpy().T, 1, 128, True) @ report.coded(again.T, 1, 128).T
-    dactive = report.coded(dy.numpy(), 1, 128, True) @ report.coded(w.numpy(), 128, 128)
+    everywhere = scales == "power_of_two"
+    wanted, dactive, kept, dw = report.down(
+        *(t.numpy() for t in (inner, probs, w, dy)), everywhere, gradient_po2=True, weight_po2=everywhere
+    )
     through = torch.tensor(kept, requires_grad=True)
     scale = probs.double().requires_grad_()
     gate, up = through.chunk(2, dim=-1)
     (torch.nn.functional.silu(gate) * up * scale[:, None]).backward(torch.tensor(dactive))
-    for got, want in zip(leaves, (through.grad, scale.grad, torch.tensor(dw)), strict=True):
-        difference = (got.grad.double() - want).abs().max()
-        assert difference <= 1e-5 * want.abs().max()
+    found = y.detach(), *(leaf.grad for leaf in leaves)
+    for got, want in zip(found, map(torch.as_tensor, (wanted, through.grad, scale.grad, dw)), strict=True):
+        assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_weight_gradients_are_summed_unrounded():
