@@ -73,7 +73,8 @@ class Fp8V3:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
-        """Experts that aren't SwiGLU; what the backend lacks, of the recipe or of this machine."""
+        """Experts that aren't SwiGLU, weight gradients that would not wait; what the backend lacks, of the
+        recipe or of this machine."""
         from dsplugins.plugins.precision.fp8 import needs
 
         if not self.options.products or len(set(self.options.products)) < len(self.options.products):
@@ -81,6 +82,10 @@ class Fp8V3:
             yield Problem(said, "plugins.fp8_v3.products", "some of fprop, dgrad, wgrad; or leave it out")
         if settings.model.num_moe_experts:
             yield from _not_swiglu(settings.model)
+        if settings.model.delay_wgrad_compute:
+            key, backend = "model.delay_wgrad_compute", plan.slots["backend"]
+            said = f"fp8_v3's linears, in the place of {backend}'s, would not delay theirs"
+            yield Problem(f"{key}=True: {said}", key, "leave it out")
         if self.options.backend != "reference":
             yield from needs.of_recipe(self.options, plan, settings)
         yield from self.lacks()

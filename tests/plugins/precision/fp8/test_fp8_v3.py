@@ -328,6 +328,22 @@ def test_what_does_not_go_together_is_refused(single, override, said):
     assert said in message
 
 
+def test_te_s_delayed_weight_gradients_are_refused():
+    """`ep_overlap` asks for the backend te; fp8_v3 has linears of its own in the place of that one's."""
+    from types import SimpleNamespace
+
+    from dsplugins.plugins.precision.fp8_v3 import Fp8V3, Fp8V3Options
+
+    plan = SimpleNamespace(slots={"backend": "te"})
+    for delay in (False, True):
+        model = SimpleNamespace(num_moe_experts=None, delay_wgrad_compute=delay)
+        found = list(Fp8V3(Fp8V3Options()).ds_check(plan, SimpleNamespace(model=model)))
+        assert [problem.key for problem in found] == ["model.delay_wgrad_compute"] * delay
+    assert found[0].message == (
+        "model.delay_wgrad_compute=True: fp8_v3's linears, in the place of te's, would not delay theirs"
+    )
+
+
 def test_biases_of_experts_would_be_lost(single):
     """Others refuse them, too: shared experts and packed ones."""
     said = "model.add_bias_linear=True would not reach fp8_v3's experts"
