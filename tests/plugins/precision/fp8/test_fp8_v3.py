@@ -289,11 +289,14 @@ def test_a_checkpoint_of_bf16_goes_on_in_fp8_and_back(workers, tmp_path):
         assert on[0] == pytest.approx(kept[0], rel=5e-3) and on[0] != kept[0]
 
 
-@pytest.mark.parametrize("experts", [[], GROUPED])
-def test_goes_on_bit_for_bit(workers, tmp_path, experts):
+KEPT = ["plugins.fp8_v3.keep_weights=true"]
+
+
+@pytest.mark.parametrize("more", [[], GROUPED, KEPT], ids=["in turn", "grouped", "kept"])
+def test_goes_on_bit_for_bit(workers, tmp_path, more):
     from checkpoint.test_state import continued, saved
 
-    changes = [*FP8, "parallel.expert=2", *experts]
+    changes = [*FP8, "parallel.expert=2", *more]
     expected = workers(2).run(saved, str(tmp_path), changes, 2)
     assert workers(2).run(continued, str(tmp_path), changes, 2) == expected
 
