@@ -139,9 +139,10 @@ def ds_precision(
     classes.
 
     What is returned may have more methods than core's protocol; whoever builds from a backend asks for them
-    and takes the ordinary part where there is none. `expert_mlp()` and `shared_expert_mlp()` return classes
-    in the place of core's `MLP` of a routed expert and of `SharedExpertMLP`; `grouped_products()` returns
-    `contracts.GroupedProducts` for experts with packed weights.
+    and takes the ordinary part where there is none. `dense_mlp()`, `expert_mlp()` and `shared_expert_mlp()`
+    return classes in the place of core's `MLP` of a layer without experts, of its `MLP` of a routed expert
+    and of `SharedExpertMLP`; `grouped_products()` returns `contracts.GroupedProducts` for experts with packed
+    weights.
     """
     raise NotImplementedError
 

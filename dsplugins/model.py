@@ -153,8 +153,15 @@ def shared_expert_class(backend: Any) -> type[SharedExpertMLP]:
     return SharedExpertMLP if brought is None else brought()
 
 
+def dense_mlp_class(backend: Any) -> type[MLP]:
+    """Core's, or the one that the number format brings."""
+    brought = getattr(backend, "dense_mlp", None)
+    return MLP if brought is None else brought()
+
+
 def _dense(parts: Parts) -> Any:
-    return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules(parts))
+    mlp = dense_mlp_class(parts.backend)
+    return partial(mlp.as_mlp_submodule, submodules=_mlp_submodules(parts))
 
 
 def _moe(parts: Parts) -> Any:

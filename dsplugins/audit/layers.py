@@ -8,7 +8,6 @@ from unittest import mock
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -92,7 +91,7 @@ def _layer(layer: Any, moe: bool, want: Wanted, config: Any) -> Iterator[str]:
     elif moe:
         yield from _experts(layer.mlp, want, config)
     else:
-        yield from differs("mlp", layer.mlp, MLP)
+        yield from differs("mlp", layer.mlp, want.dense_mlp)
         yield from _linears("mlp", layer.mlp, want)
     yield from _untouched(layer, want)
 

@@ -31,6 +31,7 @@ class Wanted:
     router: type | None
     experts: type | None
     dispatcher: type | None
+    dense_mlp: type
     shared_experts: type
     products: bool
     """Whether the number format brings products for packed experts."""
@@ -63,6 +64,7 @@ def wanted(plan: Plan, settings: Settings, plugins: Plugins) -> Wanted:
         router=class_of(parts.router),
         experts=class_of(parts.experts),
         dispatcher=class_of(parts.dispatcher),
+        dense_mlp=model.dense_mlp_class(parts.backend),
         shared_experts=model.shared_expert_class(parts.backend),
         products=hasattr(parts.backend, "grouped_products"),
         unwrapped=tuple(linear for linear in own if linear is not None),

@@ -266,6 +266,26 @@ def test_it_reaches_everything(workers):
     assert workers(1).run(wrapped, False)[0] == []
 
 
+def cores_mlp(brought: bool) -> list[str]:
+    """fp8_v3, with an MLP of core's in the first layer; `brought` by the number format itself, or not."""
+    from audit.provoke import unaudited, verdict
+    from megatron.core.transformer.mlp import MLP
+
+    from dsplugins.plugins.precision.fp8.provider import Fp8Provider
+
+    with (
+        mock.patch.object(Fp8Provider, "dense_mlp", (lambda self: MLP) if brought else Fp8Provider.dense_mlp),
+        unaudited("plugins.fp32=null", "plugins.fp8_v3={}") as run,
+    ):
+        bare(run).decoder.layers[0].mlp.__class__ = MLP
+        return verdict(run)
+
+
+def test_a_dense_mlp_is_the_one_that_it_brings(workers):
+    assert workers(1).run(cores_mlp, False)[0] == ["decoder.0: mlp is MLP, chosen was Fp8MLP"]
+    assert workers(1).run(cores_mlp, True)[0] == []
+
+
 def test_experts_that_it_does_not_reach(workers):
     from audit.provoke import GROUPED
 

@@ -47,7 +47,7 @@ class Fp8V3:
     weight gradients come from tiles along the tokens, and are summed in FP32. Covers the projections of
     attention, dense MLPs, shared and routed experts and the block of MTP. Embedding, head, gate, norms, core
     attention and MTP's `eh_proj` keep BF16 or FP32. For backward, linears keep their input in E4M3, the one
-    after attention in E5M6, and experts keep the input of SwiGLU and make its output again.
+    after attention in E5M6, and MLPs keep the input of SwiGLU and make its output again.
     """
 
     Options = Fp8V3Options
@@ -73,15 +73,14 @@ class Fp8V3:
 
     @hookimpl
     def ds_check(self, plan: Plan, settings: Settings) -> Iterable[Problem]:
-        """Experts that aren't SwiGLU, weight gradients that would not wait; what the backend lacks, of the
+        """MLPs that aren't SwiGLU, weight gradients that would not wait; what the backend lacks, of the
         recipe or of this machine."""
         from dsplugins.plugins.precision.fp8 import needs
 
         if not self.options.products or len(set(self.options.products)) < len(self.options.products):
             said = "plugins.fp8_v3.products names no product, or one twice"
             yield Problem(said, "plugins.fp8_v3.products", "some of fprop, dgrad, wgrad; or leave it out")
-        if settings.model.num_moe_experts:
-            yield from _not_swiglu(settings.model)
+        yield from _not_swiglu(settings.model)
         if settings.model.delay_wgrad_compute:
             key, backend = "model.delay_wgrad_compute", plan.slots["backend"]
             said = f"fp8_v3's linears, in the place of {backend}'s, would not delay theirs"
@@ -111,7 +110,7 @@ class Fp8V3:
 
     @hookimpl
     def ds_precision(self, config: MLATransformerConfig, backend: BackendSpecProvider) -> BackendSpecProvider:
-        """The backend with FP8 linears and experts."""
+        """The backend with FP8 linears and MLPs."""
         from dsplugins.plugins.precision.fp8.provider import Fp8Provider
         from dsplugins.plugins.precision.fp8.rule import Choice
 
@@ -132,13 +131,13 @@ def _not_swiglu(config: MLATransformerConfig) -> Iterable[Problem]:
     import torch
 
     if not config.gated_linear_unit or config.activation_func is not torch.nn.functional.silu:
-        said = "fp8_v3's experts are SwiGLU, whose input they keep in FP8"
+        said = "fp8_v3's MLPs are SwiGLU, whose input they keep in FP8"
         yield Problem(said, "plugins.fp8_v3", "model.gated_linear_unit: true, model.activation_func: silu")
     for field, neutral in (("activation_func_clamp_value", None), ("glu_linear_offset", 0.0)):
         if getattr(config, field) != neutral:
-            said = f"model.{field}={getattr(config, field)} would not reach fp8_v3's experts"
+            said = f"model.{field}={getattr(config, field)} would not reach fp8_v3's MLPs"
             yield Problem(said, f"model.{field}", "leave it out")
     for field in ("use_te_activation_func", "activation_func_fp8_input_store", "add_bias_linear"):
         if getattr(config, field):
-            said = f"model.{field}=True would not reach fp8_v3's experts, which keep SwiGLU's input in FP8"
+            said = f"model.{field}=True would not reach fp8_v3's MLPs, which keep SwiGLU's input in FP8"
             yield Problem(said, f"model.{field}", "leave it out")

@@ -103,6 +103,7 @@ def test_every_layer_and_linear_of_all_ranks_is_told(workers, tmp_path, override
     for layer in ("layer 1", "layer 2", "layer 3", "layer 4", "mtp 1"):
         assert all(operands[f"{layer} {linear}"] == PRODUCTS for linear in LINEARS)
     assert operands["layer 1 mlp.linear_fc1"] == PRODUCTS
+    assert operands["layer 1 mlp.linear_fc2"] == PRODUCTS | {"kept.x"}
     for layer in ("layer 2", "layer 4", "mtp 1"):
         assert operands[f"{layer} mlp.experts.linear_fc1"] == PRODUCTS
         assert operands[f"{layer} mlp.experts.linear_fc2"] == PRODUCTS | {"kept.x"}

@@ -171,7 +171,7 @@ class _Fp8Linear:
         return y if bias is None else y + bias
 
     def _down(self, input: SwigluInput, weight: torch.Tensor, rule: Rule) -> torch.Tensor:
-        """The down-projection of an expert that leaves SwiGLU to it."""
+        """The down-projection of an MLP that leaves SwiGLU to it."""
         inner = input.inner.reshape(-1, input.inner.shape[-1])
         y = SwigluDown.apply(inner, input.probs, weight, [inner.shape[0]], rule)
         return y.view(*input.inner.shape[:-1], weight.shape[0])

@@ -1,9 +1,11 @@
-"""MLPs of experts that hand SwiGLU to their down-projection, and packed experts' two products.
+"""MLPs that hand SwiGLU to their down-projection, and packed experts' two products.
 
 Imported from hook bodies only: it needs torch and megatron-core.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
@@ -14,20 +16,22 @@ from dsplugins.plugins.precision.fp8.rule import Choice, rule_for
 from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
 
 
-class Fp8ExpertMLP(MLP):
+class Fp8MLP(MLP):
     """Core's MLP with SwiGLU inside `linear_fc2`, which keeps its input in FP8 and not its output."""
 
     def forward(
-        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **others: Any
     ) -> tuple[torch.Tensor, None]:
-        """[..., H] -> [..., H]; `per_token_scale` [...] multiplies the activation."""
+        """[..., H] -> [..., H]; `per_token_scale` [...] multiplies the activation. `others`: what core's
+        layer gives to any MLP for the sake of those with experts (a padding mask).
+        """
         inner, _ = self.linear_fc1(hidden_states)
         output, _ = self.linear_fc2(SwigluInput(inner, per_token_scale))
         return output, None
 
 
-class Fp8SharedExpertMLP(SharedExpertMLP, Fp8ExpertMLP):
-    """Core's shared experts on `Fp8ExpertMLP`: their `forward` calls the next class's."""
+class Fp8SharedExpertMLP(SharedExpertMLP, Fp8MLP):
+    """Core's shared experts on `Fp8MLP`: their `forward` calls the next class's."""
 
 
 class Fp8GroupedProducts:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.models.backends import BackendSpecProvider
 
 from dsplugins.plugins.precision.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from dsplugins.plugins.precision.fp8.modules import Fp8ExpertMLP, Fp8GroupedProducts, Fp8SharedExpertMLP
+from dsplugins.plugins.precision.fp8.modules import Fp8GroupedProducts, Fp8MLP, Fp8SharedExpertMLP
 from dsplugins.plugins.precision.fp8.rule import Choice
 
 LINEARS = (Fp8ColumnParallelLinear, Fp8RowParallelLinear)
@@ -62,9 +62,13 @@ class Fp8Provider(BackendSpecProvider):
         """Not in this house: experts come from the slot `experts`."""
         raise NotImplementedError("experts come from the slot experts, not from the backend")
 
-    def expert_mlp(self) -> type[Fp8ExpertMLP]:
+    def dense_mlp(self) -> type[Fp8MLP]:
+        """The MLP of a layer without experts."""
+        return Fp8MLP
+
+    def expert_mlp(self) -> type[Fp8MLP]:
         """A routed expert."""
-        return Fp8ExpertMLP
+        return Fp8MLP
 
     def shared_expert_mlp(self) -> type[Fp8SharedExpertMLP]:
         """The shared experts."""

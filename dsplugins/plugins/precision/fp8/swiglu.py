@@ -1,6 +1,7 @@
 """SwiGLU and the down-projection behind it as one step, of which backward keeps the input in FP8.
 
-The report keeps the inputs of the experts' SwiGLU in FP8 and makes its output again in backward (3.3.3).
+The report keeps the inputs of the experts' SwiGLU in FP8 and makes its output again in backward (3.3.3); so
+it is done in dense MLPs, too.
 Imported from hook bodies only: it needs torch.
 """
 

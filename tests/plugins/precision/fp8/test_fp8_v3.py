@@ -321,7 +321,7 @@ def problems(*overrides):
         ("plugins.fp8_v3.backend=cutlass", "cutlass"),
         ("plugins.bf16={}", "precision"),
         ("model.fp8=e4m3", "model.fp8 has two writers: command line sets 'e4m3', plugin fp8_v3 sets None"),
-        ("model.activation_func_fp8_input_store=true", "would not reach fp8_v3's experts"),
+        ("model.activation_func_fp8_input_store=true", "would not reach fp8_v3's MLPs"),
         ("plugins.fp8_v3.products=[]", "names no product, or one twice"),
         ("plugins.fp8_v3.products=[fprop,fprop]", "names no product, or one twice"),
     ],
@@ -331,23 +331,38 @@ def test_what_does_not_go_together_is_refused(single, override, said):
     assert said in message
 
 
-def test_te_s_delayed_weight_gradients_are_refused():
-    """`ep_overlap` asks for the backend te; fp8_v3 has linears of its own in the place of that one's."""
+def said(**changed):
+    """Of a dense SwiGLU model with the backend te, but for what was changed."""
     from types import SimpleNamespace
+
+    import torch
 
     from dsplugins.plugins.precision.fp8_v3 import Fp8V3, Fp8V3Options
 
+    dense = {"num_moe_experts": None, "gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    off = ("use_te_activation_func", "activation_func_fp8_input_store", "add_bias_linear")
+    neutral = {"activation_func_clamp_value": None, "glu_linear_offset": 0.0, "delay_wgrad_compute": False}
+    model = SimpleNamespace(**{**dense, **dict.fromkeys(off, False), **neutral, **changed})
     plan = SimpleNamespace(slots={"backend": "te"})
-    for delay in (False, True):
-        model = SimpleNamespace(num_moe_experts=None, delay_wgrad_compute=delay)
-        found = list(Fp8V3(Fp8V3Options()).ds_check(plan, SimpleNamespace(model=model)))
-        assert [problem.key for problem in found] == ["model.delay_wgrad_compute"] * delay
-    assert found[0].message == (
+    return [one.message for one in Fp8V3(Fp8V3Options()).ds_check(plan, SimpleNamespace(model=model))]
+
+
+def test_te_s_delayed_weight_gradients_are_refused():
+    """`ep_overlap` asks for the backend te; fp8_v3 has linears of its own in the place of that one's."""
+    assert said() == []
+    assert said(delay_wgrad_compute=True) == [
         "model.delay_wgrad_compute=True: fp8_v3's linears, in the place of te's, would not delay theirs"
-    )
+    ]
+
+
+def test_a_dense_model_s_mlps_are_swiglu_too():
+    assert said(gated_linear_unit=False) == ["fp8_v3's MLPs are SwiGLU, whose input they keep in FP8"]
+    assert said(add_bias_linear=True) == [
+        "model.add_bias_linear=True would not reach fp8_v3's MLPs, which keep SwiGLU's input in FP8"
+    ]
 
 
 def test_biases_of_experts_would_be_lost(single):
     """Others refuse them, too: shared experts and packed ones."""
-    said = "model.add_bias_linear=True would not reach fp8_v3's experts"
+    said = "model.add_bias_linear=True would not reach fp8_v3's MLPs"
     assert any(said in message for message in problems("model.add_bias_linear=true"))

@@ -10,9 +10,10 @@ import report_fp8 as report
 
 FP8 = ["plugins.fp32=null", "plugins.fp8_v3.outside=fp32"]
 TOKENS, HIDDEN = 24, 160
-WIDTHS = {"shared": 48, "routed": 136}
+WIDTHS = {"dense": 200, "shared": 48, "routed": 136}
 SIZES = [
     *(f"model.hidden_size={HIDDEN}", "model.num_attention_heads=2"),
+    f"model.ffn_hidden_size={WIDTHS['dense']}",
     f"model.moe_shared_expert_intermediate_size={WIDTHS['shared']}",
     f"model.moe_ffn_hidden_size={WIDTHS['routed']}",
 ]
@@ -20,8 +21,8 @@ SIZES = [
 
 
 def mlp_of(chunk, which):
-    moe = chunk.decoder.layers[1].mlp
-    return {"shared": moe.shared_experts, "routed": moe.experts.local_experts[0]}[which]
+    dense, moe = (chunk.decoder.layers[layer].mlp for layer in (0, 1))
+    return {"dense": dense, "shared": moe.shared_experts, "routed": moe.experts.local_experts[0]}[which]
 
 
 def held(kept):
