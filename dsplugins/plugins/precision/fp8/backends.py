@@ -15,6 +15,12 @@ class Deferred:
     def __init__(self, backend: str) -> None:
         self._backend = backend
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Deferred) and other._backend == self._backend
+
+    def __hash__(self) -> int:
+        return hash(self._backend)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # asked for by copy and pickle, before there is a backend
             raise AttributeError(name)

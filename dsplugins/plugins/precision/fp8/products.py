@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsplugins.numerics.tiles import ROW, SMALLEST_GRADIENT, SQUARE, Quantised, dequantise, unrounded
-from dsplugins.plugins.precision.fp8 import swiglu, weight_codes
+from dsplugins.plugins.precision.fp8 import shared_codes, swiglu, weight_codes
 
 if TYPE_CHECKING:
     from dsplugins.plugins.precision.fp8.rule import Rule
@@ -24,7 +24,7 @@ def activation(x: torch.Tensor, rule: Rule, operand: str = "fprop.x") -> Quantis
     """An input [T, K] in tiles of 128 channels of a token; `operand` is what it is called to who watches."""
     if operand == "fprop.x" and "fprop" not in rule.products:
         return unrounded(x, ROW)
-    return rule.watch.saw(operand, x, rule.arithmetic.rows(x, rule.input))
+    return rule.watch.saw(operand, x, shared_codes.rows(x, rule))
 
 
 def active(inner: torch.Tensor, probs: torch.Tensor | None, rule: Rule) -> Quantised:
