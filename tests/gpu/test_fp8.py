@@ -99,6 +99,22 @@ def test_casts_are_the_reference_s_to_the_bit(nccl, power_of_two):
 
 
 @pytest.mark.gpu
+def test_tables_of_experts_runs_are_sent_without_waiting(nccl):
+    """torch raises where the host would wait for the device."""
+    import torch
+
+    from dsplugins.plugins.precision.fp8.host_tables import sent
+
+    table, before = torch.arange(4096, dtype=torch.int32), torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = sent(table, nccl)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(there.cpu(), table)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("channels", [1040, 1043])
 def test_e5m6_is_the_reference_s_to_the_bit(nccl, channels):
     """In words of 32 bits, and byte by byte."""

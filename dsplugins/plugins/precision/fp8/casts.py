@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -13,6 +12,7 @@ from dsplugins.numerics.tiles import E4M3, ROW, SMALLEST_AMAX, SQUARE, TILE, Qua
 from dsplugins.plugins.precision.fp8 import e5m6_kernels, kernels, swiglu, swiglu_kernels
 from dsplugins.plugins.precision.fp8.columns import Columns, tiles, whole
 from dsplugins.plugins.precision.fp8.e5m6 import Packed
+from dsplugins.plugins.precision.fp8.host_tables import on_device
 from dsplugins.plugins.precision.fp8.swiglu import SwigluKept
 
 TOKENS: Mapping[str, int] = {
@@ -175,12 +175,12 @@ def _column_outputs(
     splits: Sequence[int], channels: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The table of tiles on the device, codes of whole tiles, and a row of scales for each."""
-    table = _table(tuple(splits), channels, device)
+    (table,) = _table(tuple(splits), channels, device=device)
     codes = torch.empty(sum(map(whole, splits)) * channels, dtype=E4M3, device=device)
     return table, codes, torch.empty(len(table), channels, device=device)
 
 
-@lru_cache(maxsize=16)
-def _table(splits: tuple[int, ...], channels: int, device: torch.device) -> torch.Tensor:
-    """`columns.tiles` on the device. Both operands of a weight gradient, and both linears, have the same."""
-    return torch.tensor(tiles(splits, channels), dtype=torch.int64).view(-1, 4).to(device)
+@on_device
+def _table(splits: tuple[int, ...], channels: int) -> tuple[torch.Tensor]:
+    """`columns.tiles`. Both operands of a weight gradient, and both linears, have the same."""
+    return (torch.tensor(tiles(splits, channels), dtype=torch.int64).view(-1, 4),)

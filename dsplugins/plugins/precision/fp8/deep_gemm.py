@@ -7,7 +7,6 @@ Version 2.x of `deep_gemm`, on Hopper: `fp8_gemm_nt` for linears and weight grad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib import import_module
 from itertools import accumulate
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from dsplugins.numerics.tiles import E4M3, Quantised
 from dsplugins.plugins.precision.fp8.casts import TritonCasts
 from dsplugins.plugins.precision.fp8.columns import Columns, whole
+from dsplugins.plugins.precision.fp8.host_tables import on_device
 
 NOBODYS = -1
 """In the place of an expert's number: a row that is there to fill up."""
@@ -40,13 +40,13 @@ class DeepGemm(TritonCasts):
             only = weights.unbind()[0]
             self._kernels.fp8_gemm_nt((x.codes, x.scales), (only.codes, only.scales), y)
             return y
-        source, layout, place = _filled_up(tuple(splits), x.codes.device)
+        source, layout, place = _filled_up(tuple(splits), device=x.codes.device)
         filled = x if place is None else _taken(x, source)
         y = torch.empty(len(layout), weights.codes.shape[1], dtype=dtype, device=x.codes.device)
         self._kernels.m_grouped_fp8_gemm_nt_contiguous(
             (filled.codes, filled.scales), (weights.codes, weights.scales), y, layout
         )
-        return y if place is None else y[place]
+        return y if place is None else y.index_select(0, place)
 
     def weight_gradient(self, dy: Sequence[Quantised], x: Sequence[Quantised], into: torch.Tensor) -> None:
         """One expert after the other, by the dense kernel for two operands with scales in rows.
@@ -65,22 +65,20 @@ class DeepGemm(TritonCasts):
                 )  # fmt: skip
 
 
-@lru_cache(maxsize=16)
-def _filled_up(
-    splits: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """When runs are filled up to P rows of whole tiles: which token lies in each row, [P] (the first one
-    where there is none); whose it is, int32 [P]; the row of each token, [T], None where nothing is to fill.
+@on_device
+def _filled_up(splits: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """When runs are filled up to P rows of whole tiles, in int32: which token lies in each row, [P] (the
+    first one where there is none); whose it is, [P]; the row of each token, [T], None where nothing is to
+    fill.
     """
     lengths = [whole(run) for run in splits]
     starts = [0, *accumulate(lengths)]
     place = torch.cat([torch.arange(start, start + run) for start, run in zip(starts, splits, strict=False)])
-    source = torch.zeros(starts[-1], dtype=torch.int64)
-    source[place] = torch.arange(len(place))
+    source = torch.zeros(starts[-1], dtype=torch.int32)
+    source[place] = torch.arange(len(place), dtype=torch.int32)
     layout = torch.full((starts[-1],), NOBODYS, dtype=torch.int32)
     layout[place] = torch.repeat_interleave(torch.arange(len(splits)), torch.tensor(splits)).int()
-    where = None if list(splits) == lengths else place.to(device, non_blocking=True)
-    return source.to(device, non_blocking=True), layout.to(device, non_blocking=True), where
+    return source, layout, None if list(splits) == lengths else place.int()
 
 
 def _taken(x: Quantised, source: torch.Tensor) -> Quantised:
