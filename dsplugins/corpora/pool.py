@@ -8,6 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from threading import Thread
@@ -30,7 +31,8 @@ def ordered[Task, Result](
     `idle` is called again and again while others work, and may raise. They finish the task they are at when
     this generator is left, and end with this process, however it ends.
 
-    `work` and its tasks are pickled: small. An exception of one task is raised in its turn.
+    `work` and its tasks are pickled: small. An exception of one task is raised in its turn; BrokenProcessPool
+    when a process was killed, and the others are then ended where they are.
     """
     if workers == 1:
         with _one_thread():
@@ -38,10 +40,17 @@ def ordered[Task, Result](
         return
     # Spawned, not forked: this process may have threads. They inherit the variable.
     context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
     with _one_thread():
         pool = ProcessPoolExecutor(workers, context, _begin)
         try:
             yield from _drained(pool, work, iter(tasks), workers * AHEAD, idle)
+        except BrokenProcessPool:
+            # A broken pool sends SIGTERM, which is blocked in them, and waits.
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.kill()
+            raise
         finally:  # each ends its task: a pool waits for ever for one that was ended in the middle of a result
             pool.shutdown(wait=True, cancel_futures=True)
 
