@@ -49,15 +49,18 @@ class RunDirectory:
         self._before = None if rank.has_launcher() else self._mark()
         """The `status.json` of an earlier attempt, which our launcher has replaced already. Known by itself:
         clocks of other machines are not asked."""
+        self._announced_as: tuple[int, int] | None = None
+        """The `status.json` of this one, as `announce` left it."""
         self._logged: int | None = None
         """Bytes of `metrics.jsonl` after this run's last row there."""
 
     def _mark(self) -> tuple[int, int] | None:
-        """What tells one `status.json` from the next: each is a file of its own. None where there is none."""
+        """What tells one `status.json` from the next: each is a file of its own. None where there is none.
+
+        Opened, since a network's file system asks its server then.
+        """
         try:
-            with (
-                self.path / "status.json"
-            ).open() as file:  # opened, a network's file system asks its server
+            with (self.path / "status.json").open() as file:
                 found = os.fstat(file.fileno())
         except OSError:
             return None
@@ -79,7 +82,11 @@ class RunDirectory:
         """Whether a run took steps here; a checkpoint tells that of a run whose log is gone, too."""
         file = self.path / "metrics.jsonl"
         logged = file.exists() and file.stat().st_size > 0
-        return logged or any((self.path / "checkpoints").glob("step-*"))
+        return logged or bool(self._checkpoints())
+
+    def _checkpoints(self) -> list[Path]:
+        """Finished ones, the newest last."""
+        return sorted((self.path / "checkpoints").glob("step-*[0-9]"))
 
     def complete(self) -> bool:
         """Whether the run here reached its end, whatever has been tried since."""
@@ -126,6 +133,12 @@ class RunDirectory:
             self._write_status({"code": None, "reason": "running, or gone without a word"})
         except OSError as error:
             raise self._unfit(error) from error
+        self._announced_as = self._mark()
+
+    def lost(self) -> bool:
+        """Whether another run has announced itself here since this one; it may where nothing is locked."""
+        status = self.status() or {}
+        return self._mark() != self._announced_as and "code" in status and status["code"] is None
 
     def start(self, recipe: Recipe, plugins: Plugins, fresh: bool = False) -> None:
         """Clear what an earlier run left, and write what this one was started with.
@@ -291,16 +304,14 @@ class RunDirectory:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time, where the file system has locks."""
-        with (self.path / "status.lock").open(
-            "a"
-        ) as file:  # NFS locks what is open for writing, and no folder
+        """One process at a time, where there are locks; NFS has them for files open for writing only."""
+        with (self.path / "status.lock").open("a") as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _unfit(self, error: OSError) -> EnvironmentUnfit:
-        saved = sorted((self.path / "checkpoints").glob("step-*[0-9]"))
+        saved = self._checkpoints()
         goes_on = f"; make room, and the same command goes on from {saved[-1]}" if saved else ""
         return EnvironmentUnfit(f"run.directory {self.path} can't be written: {error.strerror}{goes_on}")
 

@@ -123,6 +123,8 @@ def _outcome(run: RunDirectory, outcome: Outcome, began: float) -> dict[str, Any
     if outcome.asked:
         return _asked(run, outcome.reason, began)
     code = outcome.code if outcome.code in exits.CODES else 1
+    if run.lost():
+        return {"code": code or 1, "reason": f"{outcome.reason}; {run.path} is another run's by now"}
     status = run.status() or {"code": None}
     if outcome.unsaid or status["code"] != code:  # the ranks did not say so, or not all of it
         reason = outcome.reason if code else "all ranks left before the run was complete"

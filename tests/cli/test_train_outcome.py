@@ -52,6 +52,14 @@ def test_asked_to_end_by_what_ranks_do_not_listen_to(run):
     assert (status["code"], status["reason"]) == (1, "stopped by SIGHUP")
 
 
+def test_another_run_s_status_is_left_alone(run):
+    """Where nothing is locked, a second one may begin."""
+    RunDirectory(run.path).announce()
+    status = _outcome(run, Outcome(4, "rank 0 left with code 4", unsaid=False), time.time())
+    assert status["code"] == 4 and "is another run's by now" in status["reason"]
+    assert run.status()["code"] is None
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_crash_when_asked_is_no_early_end(run, rows):
     """Whether a rank said why it failed, or a step was lost."""
