@@ -11,7 +11,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from threading import Thread
+from typing import Any
 
 ASKING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 """Signals by which a terminal, or a batch system, asks everybody to stop."""
@@ -38,25 +41,58 @@ def ordered[Task, Result](
         with _one_thread():
             yield from map(work, tasks)
         return
-    # Spawned, not forked: this process may have threads. They inherit the variable.
-    context = multiprocessing.get_context("spawn")
-    others = multiprocessing.active_children()
+    spawned = _Spawned()
     with _one_thread():
-        pool = ProcessPoolExecutor(workers, context, _begin)
+        pool = ProcessPoolExecutor(workers, spawned, _begin)
         try:
-            yield from _drained(pool, work, iter(tasks), workers * AHEAD, idle)
+            yield from _drained(pool, spawned, work, iter(tasks), workers * AHEAD, idle)
         except BrokenProcessPool:
-            # A broken pool sends SIGTERM, which is blocked in them, and waits.
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.kill()
+            spawned.kill()
             raise
-        finally:  # each ends its task: a pool waits for ever for one that was ended in the middle of a result
-            pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            # Beside this thread: where a process is lost, the pool waits for the others under its lock.
+            ending = Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
+            ending.start()
+            spawned.join()
+            ending.join()
+
+
+class _Spawned(SpawnContext):
+    """Starts a pool's processes, and knows them.
+
+    The pool itself looks at those that were there when it last had something to do, so that the end of its
+    newest one can stay unseen. And it ends the others by SIGTERM, which is blocked in ours, and waits for
+    them. Spawned, not forked: this process may have threads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processes: list[SpawnProcess] = []
+
+    def Process(self, *arguments: Any, **named: Any) -> SpawnProcess:  # type: ignore[override]
+        """A process, as the pool asks for one."""
+        self.processes.append(SpawnProcess(*arguments, **named))
+        return self.processes[-1]
+
+    def lost(self) -> bool:
+        """Whether one was ended: of itself it only ends, with 0, when the pool is shut down."""
+        return any(process.exitcode for process in self.processes)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def join(self) -> None:
+        """Waits until each has ended its task. Unless one is lost: they may wait for a lock of it."""
+        while running := [process for process in self.processes if process.exitcode is None]:
+            if self.lost():
+                self.kill()
+            connection.wait([process.sentinel for process in running], PERIOD)
 
 
 def _drained[Task, Result](
     pool: ProcessPoolExecutor,
+    spawned: _Spawned,
     work: Callable[[Task], Result],
     tasks: Iterator[Task],
     ahead: int,
@@ -65,9 +101,11 @@ def _drained[Task, Result](
     waiting = _submitted(pool, work, islice(tasks, ahead))
     while waiting:
         first = waiting.popleft()
-        while wait([first], PERIOD).not_done:
+        while wait([first], PERIOD).not_done and not spawned.lost():
             idle()
         idle()  # before it is told that processes are gone: whoever ended them may have asked this one, too
+        if not first.done():
+            raise BrokenProcessPool("a process of the pool was ended")
         result = first.result()
         waiting.extend(_submitted(pool, work, islice(tasks, 1)))
         yield result
