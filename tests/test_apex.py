@@ -120,7 +120,7 @@ BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
 RUNS = (
     ["train.steps=2"],
     ["train.steps=2", *BF16, "plugins.v3_recompute={}"],
-    ["train.steps=2", "plugins.sequential=null", "plugins.grouped={}", "plugins.adamw.zero=false"],
+    ["train.steps=2", "plugins.grouped=null", "plugins.sequential={}", "plugins.adamw.zero=false"],
 )
 LINE = """
 import torch.distributed as dist

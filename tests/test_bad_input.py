@@ -115,11 +115,11 @@ def test_command_line_faults(override, said, remedy):
 @pytest.mark.parametrize(
     ("override", "said", "line"),
     [
-        ("parallel.pipeline=2", "run.world_size=1 is not a multiple of tensor x pipeline x context = 2", 40),
+        ("parallel.pipeline=2", "run.world_size=1 is not a multiple of tensor x pipeline x context = 2", 38),
         (
             "train.micro_batch=3",
             "train.global_batch=8 is not a multiple of micro_batch x data parallel = 3",
-            36,
+            34,
         ),
     ],
 )

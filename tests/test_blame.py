@@ -258,8 +258,8 @@ OWNERS = {
     "narrow": "mla",
     "fresh": "fp32",
     "no_dispatcher": "alltoall",
-    "a_module": "sequential",
-    "other_arguments": "sequential",
+    "a_module": "grouped",
+    "other_arguments": "grouped",
     "a_word": "one_f_one_b",
 }
 """Whose place they take: else the router's."""

@@ -86,12 +86,12 @@ def test_alpha_is_seen(alone):
 
 
 @pytest.mark.parametrize(("size", "layout"), [(1, []), LAYOUTS["ep2"], LAYOUTS["tp2"]])
-def test_grouped_experts_train_as_sequential_ones(workers, alone, size, layout):
-    swapped = ["plugins.sequential=null", "plugins.grouped={}", *layout]
-    grouped = workers(size).run(trained_watched, swapped)[0]
-    for row, one in zip(grouped["rows"], alone["report"]["rows"], strict=True):
+def test_sequential_experts_train_as_grouped_ones(workers, alone, size, layout):
+    swapped = ["plugins.grouped=null", "plugins.sequential={}", *layout]
+    sequential = workers(size).run(trained_watched, swapped)[0]
+    for row, one in zip(sequential["rows"], alone["report"]["rows"], strict=True):
         assert row["loss"] == pytest.approx(one["loss"], abs=1e-6)
-    assert grouped["counts"] == alone["report"]["counts"]
+    assert sequential["counts"] == alone["report"]["counts"]
 
 
 GQA = [

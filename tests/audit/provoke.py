@@ -10,7 +10,7 @@ from unittest import mock
 DENSE = [
     *(
         "plugins.aux_free=null",
-        "plugins.sequential=null",
+        "plugins.grouped=null",
         "plugins.alltoall=null",
         "plugins.gpt.dense_layers=0",
     ),
@@ -19,7 +19,7 @@ DENSE = [
 ]
 """The tiny model without experts."""
 BF16 = ["plugins.bf16={}", "plugins.fp32=null"]
-GROUPED = ["plugins.grouped={}", "plugins.sequential=null"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 INTERLEAVED = [
     *("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
     *("plugins.one_f_one_b=null", "plugins.interleaved={}"),

@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from audit.provoke import BF16, DENSE, INTERLEAVED
+from audit.provoke import BF16, DENSE, INTERLEAVED, SEQUENTIAL
 
 SELECTIVE = ["model.recompute_granularity=selective"]
 
@@ -19,7 +19,10 @@ ASKED = {
         "plugins.mtp=null",
         "model.fp8=e4m3",
     ],
-    "model.moe_grouped_gemm=True has no effect: sequential decides": ["model.moe_grouped_gemm=true"],
+    "model.moe_grouped_gemm=True has no effect: sequential decides": [
+        *SEQUENTIAL,
+        "model.moe_grouped_gemm=true",
+    ],
     "model.qk_l2_norm=True has no effect: mla decides": ["model.qk_l2_norm=true"],
     "model.qk_clip=True has no effect: the loop clips": ["model.qk_clip=true"],
     "model.use_mup=True has no effect: all weights": ["model.use_mup=true"],

@@ -35,10 +35,10 @@ AROUND_MTP = {
 
 def swapped() -> list[tuple[str, list[str]]]:
     """(what should be said, what was) for each part, made an instance of a subclass for one audit."""
-    from audit.provoke import unaudited, verdict
+    from audit.provoke import SEQUENTIAL, unaudited, verdict
 
     answers = []
-    with unaudited() as run:
+    with unaudited(*SEQUENTIAL) as run:
         assert verdict(run) == []
         chunk = bare(run)
         block = chunk.mtp.layers[0]
@@ -263,7 +263,9 @@ def wrapped(ignored: bool, *overrides: str) -> list[str]:
 
 def test_it_reaches_everything(workers):
     """Attention, dense MLP, routed and shared experts, MTP: nothing to complain about."""
-    assert workers(1).run(wrapped, False)[0] == []
+    from audit.provoke import SEQUENTIAL
+
+    assert workers(1).run(wrapped, False, *SEQUENTIAL)[0] == []
 
 
 def cores_mlp(brought: bool) -> list[str]:
@@ -287,9 +289,7 @@ def test_a_dense_mlp_is_the_one_that_it_brings(workers):
 
 
 def test_experts_that_it_does_not_reach(workers):
-    from audit.provoke import GROUPED
-
-    (found,) = workers(1).run(wrapped, False, *GROUPED)
+    (found,) = workers(1).run(wrapped, False)
     assert found == [
         "decoder.1-3, mtp.0: experts GroupedExperts have no linears: the number format does not reach them"
     ]

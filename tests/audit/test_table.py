@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from audit.provoke import BF16, GROUPED
+from audit.provoke import BF16, SEQUENTIAL
 
 DENSE = {
     "layers": "decoder.0",
@@ -23,7 +23,7 @@ MOE = DENSE | {
     "layers": "decoder.1-3, mtp.0",
     "mlp": "HostMoELayer",
     "router": "AuxFreeRouter",
-    "experts": "SequentialMLP",
+    "experts": "GroupedExperts",
     "shared_experts": "SharedExpertMLP",
     "dispatcher": "AllToAllDispatcher",
 }
@@ -48,9 +48,9 @@ def test_one_line_for_each_kind(workers):
 
 
 def test_it_follows_the_choice(workers):
-    (_, (dense, moe)) = workers(1).run(tables, *BF16, *GROUPED)[0]
+    (_, (dense, moe)) = workers(1).run(tables, *BF16, *SEQUENTIAL)[0]
     assert dense == DENSE | {"dtype": "bfloat16"}
-    assert moe == MOE | {"dtype": "bfloat16", "experts": "GroupedExperts"}
+    assert moe == MOE | {"dtype": "bfloat16", "experts": "SequentialExperts"}
 
 
 def test_every_rank_can_tell_the_whole_pipeline(workers):

@@ -11,7 +11,7 @@ from dsplugins.testing import JobFailed
 LAYOUTS = {
     "one": (1, []),
     "dp2": (2, []),
-    "tp2": (2, ["parallel.tensor=2", "train.micro_batch=4"]),  # a quarter of its many collectives
+    "tp2": (2, ["parallel.tensor=2"]),
     "ep2": (2, ["parallel.expert=2"]),
     "pp2": (2, ["parallel.pipeline=2"]),
     "pp2_vpp2": (
@@ -23,7 +23,7 @@ LAYOUTS = {
             "plugins.interleaved={}",
         ],
     ),
-    "grouped": (1, ["plugins.sequential=null", "plugins.grouped={}"]),
+    "sequential": (1, ["plugins.grouped=null", "plugins.sequential={}"]),
     "whole": (2, ["plugins.adamw.zero=false"]),
 }
 BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
@@ -95,25 +95,26 @@ def test_a_checkpoint_of_one_process_goes_on_in_another_layout(workers, of_one, 
         assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
 
 
-GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
+FOUR = ["train.micro_batch=2"]
 EXPERTS = {
     "ep2, all held by each": (2, [*LAYOUTS["ep2"][1], *BF16, "plugins.adamw.zero=false"]),
     "pp2_vpp2": LAYOUTS["pp2_vpp2"],
     "dp2, cut by ZeRO, in buckets": (2, ["plugins.adamw.overlap_grad_reduce=true", "ddp.bucket_size=3000"]),
-    "dp4, cut by ZeRO": (4, BF16),
-    "dp4, all held by each": (4, ["plugins.adamw.zero=false"]),
+    "dp4, cut by ZeRO": (4, [*FOUR, *BF16]),
+    "dp4, all held by each": (4, [*FOUR, "plugins.adamw.zero=false"]),
 }
 BOTH_WAYS = "dp4, cut by ZeRO"
 
 
 @pytest.mark.parametrize(
-    ("layout", "target"), [*((layout, "grouped") for layout in EXPERTS), (BOTH_WAYS, "sequential")]
+    ("layout", "target"), [*((layout, "sequential") for layout in EXPERTS), (BOTH_WAYS, "grouped")]
 )
 def test_other_experts_go_on_bit_for_bit(workers, tmp_path, layout, target):
     """Losses, counts and norms of steps that clip, at rates that move weights."""
     size, overrides = EXPERTS[layout]
     overrides = [*overrides, "train.learning_rate=3.0e-3", "optimizer.clip_grad=0.5"]
-    before, after = ([], GROUPED) if target == "grouped" else (GROUPED, [])
+    before, after = ([], SEQUENTIAL) if target == "sequential" else (SEQUENTIAL, [])
     expected = workers(size).run(saved, str(tmp_path), [*overrides, *before], 2, 3)
     assert all(norm > 0.5 for found in expected for _, _, norm, _ in found)
     assert workers(size).run(continued, str(tmp_path), [*overrides, *after], 2, 3) == expected

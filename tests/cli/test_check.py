@@ -148,11 +148,12 @@ answers.append(answer("tests/tiny.yaml", %s))
 print("ANSWERS" + json.dumps(answers))
 """
 TE = ["plugins.cpu=null", "plugins.cuda={}", "plugins.torch_local=null", "plugins.te={}"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 LAYOUTS = {
     "one": [],
     "expert": ["parallel.expert=2", "run.world_size=2"],
     "tensor": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "run.world_size=8"],
-    "expert tensor": ["parallel.tensor=2", "parallel.expert_tensor=2", "run.world_size=4"],
+    "expert tensor": [*SEQUENTIAL, "parallel.tensor=2", "parallel.expert_tensor=2", "run.world_size=4"],
     "interleaved": INTERLEAVED,
 }
 FAULTS = {
@@ -182,7 +183,7 @@ FAULTS = {
         "7 micro-batch counts a step, 1-7, of which interleaved refuses 4: 1, 3, 5, 7",
     ),
     "ignored": (
-        ["model.moe_grouped_gemm=true"],
+        [*SEQUENTIAL, "model.moe_grouped_gemm=true"],
         "model.moe_grouped_gemm",
         "has no effect: sequential decides in the slot experts",
     ),

@@ -17,6 +17,7 @@ from dsplugins.recipe import Recipe
 from dsplugins.rundir import RunDirectory
 
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
+FOUR = ["run.world_size=4", "train.micro_batch=2"]
 KUBERNETES = ["--on", "kubernetes", "--image", "registry/image:1", "--shared", "claim:/data"]
 
 
@@ -28,7 +29,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "programs"))
 
     def call(*arguments, code=0):
-        line = [TINY, "run.world_size=4", "--nodes", "2", *arguments]
+        line = [TINY, *FOUR, "--nodes", "2", *arguments]
         done = CliRunner().invoke(launch.command, line, catch_exceptions=False)
         assert done.exit_code == code, done.output
         return done
@@ -68,7 +69,7 @@ def test_kubernetes_is_written_and_applied(run, way, kinds):
 
 def begun(directory, *overrides, **lock):
     """A run of two nodes that took a step; `lock` is what its plugins' lock says instead of the truth."""
-    recipe = Recipe.load(TINY, ["run.world_size=4", *overrides])
+    recipe = Recipe.load(TINY, [*FOUR, *overrides])
     run = RunDirectory(Path(directory))
     run.start(recipe, prepared(recipe)[0])
     run.log({"step": 1})
@@ -96,7 +97,7 @@ def test_another_recipe_over_a_run_is_refused_before_it_waits_in_the_queue(run):
         run("--on", "slurm", "train.steps=99")
     (problem,) = raised.value.problems
     assert problem.message == "runs/tiny holds a run with another train.steps: 5 -> 99"
-    recipe = Recipe.load(TINY, ["run.world_size=4", "train.steps=99"])
+    recipe = Recipe.load(TINY, [*FOUR, "train.steps=99"])
     with pytest.raises(RecipeError) as trained:
         _complete(RunDirectory(Path("runs/tiny")), recipe, prepared(recipe)[0], fresh=False, accept=False)
     assert [each.message for each in trained.value.problems] == [problem.message]

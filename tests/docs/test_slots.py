@@ -14,7 +14,7 @@ from pages import DOCS, blocks
 TINY = ["train.steps=2", "evaluate.sequences=8"]
 SWAPS = {
     "attention": ["plugins.mla=null", "plugins.plain={}"],
-    "experts": ["plugins.sequential=null", "plugins.outside={}"],
+    "experts": ["plugins.grouped=null", "plugins.outside={}"],
     "schedule": ["plugins.one_f_one_b=null", "plugins.all_forward={}"],
     "precision": ["plugins.fp32=null", "plugins.rounded={}"],
 }
@@ -69,7 +69,8 @@ def test_the_same_numbers_another_way(workers, site, stock, slot, apart):
 
 
 def test_rounded_inputs_change_little_but_something(workers, site, stock):
-    (result,) = workers(1).run(trained, site, *SWAPS["precision"])
+    apart = ["plugins.grouped=null", "plugins.sequential={}"]  # whose linears it reaches
+    (result,) = workers(1).run(trained, site, *apart, *SWAPS["precision"])
     assert losses(result) == pytest.approx(stock, abs=0.02)
     assert losses(result) != pytest.approx(stock, abs=1e-6)
 

@@ -39,7 +39,7 @@ def test_recomputation_saves_what_its_report_says(workers):
 def test_weights_are_not_activations(workers):
     """A wider vocabulary adds weights by the thousand, and only its logits to what is held."""
     (narrow, _), (wide, _) = both(workers, [], ["model.vocab_size=328"])
-    logits = 2 * 32 * 64 * 4  # main and MTP head, S, 64 more tokens, FP32
+    logits = 4 * 2 * 32 * 64 * 4  # sequences, main and MTP head, S, 64 more tokens, FP32
     assert logits <= wide - narrow <= 3 * logits
 
 

@@ -6,6 +6,9 @@ import copy
 
 from built import tiny_model
 
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
+"""Whose names are core's own."""
+
 
 def stock_model(plan, settings):
     """megatron-core's own decoder and MTP specs; only the core attention is ours, core has none for MLA."""
@@ -63,7 +66,7 @@ def three_steps():
     from dsplugins import routers
 
     different = []
-    with tiny_model("plugins.aux_free.sequence_loss=0.1") as (plan, settings, _, (ours,)):
+    with tiny_model(*SEQUENTIAL, "plugins.aux_free.sequence_loss=0.1") as (plan, settings, _, (ours,)):
         stock = stock_model(plan, settings)
         if set(ours.state_dict()) != set(stock.state_dict()):
             return [f"keys {set(ours.state_dict()) ^ set(stock.state_dict())}"]

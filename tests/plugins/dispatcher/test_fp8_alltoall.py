@@ -115,7 +115,7 @@ def trained(overrides):
     return trained(overrides)
 
 
-@pytest.mark.parametrize("experts", [[], ["plugins.sequential=null", "plugins.grouped={}"]])
+@pytest.mark.parametrize("experts", [[], ["plugins.grouped=null", "plugins.sequential={}"]])
 def test_with_fp8_experts_forward_is_that_of_16_bits_to_the_bit(workers, experts):
     """They round what arrives by the same rule, and rounding twice changes nothing. So it is for gradients of
     outputs; transposed for the weight gradient they are rounded in other tiles, but by powers of two again:

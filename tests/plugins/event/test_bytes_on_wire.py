@@ -14,7 +14,14 @@ from unittest import mock
 import pytest
 
 TINY = Path(__file__).parents[2] / "tiny.yaml"
-RUN = ["parallel.expert=2", "train.steps=6", "evaluate.every=2", "evaluate.sequences=4", "save.at_end=false"]
+RUN = [
+    "parallel.expert=2",
+    "train.steps=6",
+    "train.micro_batch=2",
+    "evaluate.every=2",
+    "evaluate.sequences=4",
+    "save.at_end=false",
+]
 
 
 def trained(folder: str, overrides: list[str]) -> str:

@@ -13,7 +13,7 @@ FP8 = [
     *("plugins.fp32=null", "plugins.fp8_v3={outside: fp32}"),
     *("train.micro_batch=2", "plugins.fp8_monitor={every: 3}"),
 ]
-GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 LINEARS = {
     "self_attention.linear_q_down_proj",
     "self_attention.linear_kv_up_proj",
@@ -86,8 +86,8 @@ def watched(overrides, directory, steps):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["parallel.expert=2"], ["parallel.pipeline=2"], ["parallel.expert=2", *GROUPED]],
-    ids=["EP2", "PP2", "EP2 grouped"],
+    [["parallel.expert=2"], ["parallel.pipeline=2"], ["parallel.expert=2", *SEQUENTIAL]],
+    ids=["EP2", "PP2", "EP2 sequential"],
 )
 def test_every_layer_and_linear_of_all_ranks_is_told(workers, tmp_path, overrides):
     ranks = workers(2).run(watched, [*FP8, *overrides], tmp_path, 1)

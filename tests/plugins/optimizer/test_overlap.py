@@ -13,10 +13,12 @@ REDUCE = ["plugins.adamw.overlap_grad_reduce=true"]
 BOTH = [*REDUCE, "plugins.adamw.overlap_param_gather=true"]
 SMALL = ["ddp.bucket_size=4000"]
 INTERLEAVED = [
-    "train.micro_batch=1",
+    *("train.micro_batch=1", "evaluate.sequences=4"),
     *("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
     *("plugins.one_f_one_b=null", "plugins.interleaved={}"),
 ]
+SEVERAL = ["train.micro_batch=2", "evaluate.sequences=4"]
+"""Micro-batches a step, so that reduction waits for the last one."""
 EP_OVERLAP = [
     *("parallel.expert=2", "plugins.mtp=null"),
     *("plugins.one_f_one_b=null", "plugins.ep_overlap={}"),
@@ -24,10 +26,10 @@ EP_OVERLAP = [
 BF16 = ["plugins.fp32=null", "plugins.bf16={}"]
 UNCLIPPED = ["optimizer.clip_grad=0.0"]
 CASES: dict[str, tuple[int, list[str], list[str]]] = {
-    "dp2": (2, BF16, BOTH),
-    "dp2, many buckets": (2, UNCLIPPED, [*BOTH, *SMALL]),
-    "dp2, many buckets, no zero": (2, ["plugins.adamw.zero=false"], [*REDUCE, *SMALL]),
-    "ep2 x ep_overlap, many buckets": (2, [*EP_OVERLAP, *BF16, *UNCLIPPED], [*BOTH, *SMALL]),
+    "dp2": (2, [*SEVERAL, *BF16], BOTH),
+    "dp2, many buckets": (2, [*SEVERAL, *UNCLIPPED], [*BOTH, *SMALL]),
+    "dp2, many buckets, no zero": (2, [*SEVERAL, "plugins.adamw.zero=false"], [*REDUCE, *SMALL]),
+    "ep2 x ep_overlap, many buckets": (2, [*SEVERAL, *EP_OVERLAP, *BF16, *UNCLIPPED], [*BOTH, *SMALL]),
     "dp2 x pp2 x vpp2": (4, INTERLEAVED, BOTH),
 }
 """Ranks, what both runs have, what the overlapped one has besides.
@@ -57,7 +59,7 @@ def course(overrides: list[str], folder: str, until: int) -> dict[str, Any]:
     from dsplugins.saver import Saver
     from dsplugins.step import take_step
 
-    with assembled([*overrides, "save.asynchronous=false", "evaluate.sequences=4"]) as run:
+    with assembled([*overrides, "save.asynchronous=false"]) as run:
         saver = Saver(run, Path(folder))
         progress, _ = saver.resume()
         found: dict[str, Any] = {"norms": {}, "losses": {}, "evaluations": {}}

@@ -1,4 +1,7 @@
-"""Gradient norm and clipping: the numbers of core's own functions, bit for bit, without calling them."""
+"""Gradient norm and clipping: the numbers of core's own functions, bit for bit, without calling them.
+
+Of experts held apart; those that `grouped` stacks are summed as if they were (test_stacked.py).
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 LAYOUTS = {
     "dp2": ["parallel.tensor=1"],
-    "tp2": ["parallel.tensor=2", "train.micro_batch=2"],
+    "tp2": ["parallel.tensor=2"],
     "ep2, all held by each": ["parallel.expert=2", "plugins.adamw.zero=false"],
     "pp2": ["parallel.pipeline=2"],
     "detached mtp": ["model.mtp_detach_heads=true"],
@@ -45,7 +49,7 @@ def both(overrides):
 
     from dsplugins.step import Progress, take_step
 
-    with assembled([*overrides, "optimizer.clip_grad=0.3"]) as run:
+    with assembled([*SEQUENTIAL, *overrides, "optimizer.clip_grad=0.3"]) as run:
         ours, found = run.optimizer, []
         parts, parameters = ours.chained_optimizers, [p for chunk in run.chunks for p in chunk.parameters()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 BF16 = ["plugins.fp32=null", "plugins.bf16={}"]
 WHOLE = ["plugins.adamw.zero=false"]
 ONE_UNDECAYED = {"grouped": "*experts.weight2", "sequential": "*experts.local_experts.*.linear_fc2.weight"}
@@ -60,9 +60,9 @@ def span(there):
     ids=["zero", "whole", "bf16 zero", "bf16 whole"],
 )
 def test_in_the_order_of_experts_held_apart(workers, overrides):
-    apart = workers(1).run(order, overrides)[0]
+    apart = workers(1).run(order, [*overrides, *SEQUENTIAL])[0]
     assert sum(len({name for name, _, which, _ in part if which}) for part in apart) == 4
-    assert workers(1).run(order, [*overrides, *GROUPED])[0] == apart
+    assert workers(1).run(order, overrides)[0] == apart
 
 
 def test_where_another_rule_parts_the_matrices(workers):
@@ -70,14 +70,14 @@ def test_where_another_rule_parts_the_matrices(workers):
     decayed = [
         f"plugins.adamw.no_decay=[vectors,'{ONE_UNDECAYED[kind]}']" for kind in ("grouped", "sequential")
     ]
-    apart = workers(1).run(order, [decayed[1]])[0]
-    assert workers(1).run(order, [decayed[0], *GROUPED])[0] == apart
+    apart = workers(1).run(order, [decayed[1], *SEQUENTIAL])[0]
+    assert workers(1).run(order, [decayed[0]])[0] == apart
 
 
 @pytest.mark.parametrize("overrides", [[], BF16], ids=["fp32", "bf16"])
 def test_where_zero_cuts_them(workers, overrides):
     """Each of two data-parallel ranks has the same elements in the same order; one has a part of a matrix."""
-    apart = workers(2).run(order, overrides)
-    assert workers(2).run(order, [*overrides, *GROUPED]) == apart
+    apart = workers(2).run(order, [*overrides, *SEQUENTIAL])
+    assert workers(2).run(order, overrides) == apart
     assert len({size for rank in apart for part in rank for *_, which, size in part if which}) > 2
     assert apart[0] != apart[1]

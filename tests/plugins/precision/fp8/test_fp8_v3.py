@@ -9,7 +9,7 @@ from dsplugins.contracts import RecipeError
 FP8 = ["plugins.fp32=null", "plugins.fp8_v3={}"]
 EXACT = ["plugins.fp32=null", "plugins.fp8_v3.outside=fp32"]
 FIRST = [*EXACT, "train.steps=1"]
-GROUPED = ["plugins.sequential=null", "plugins.grouped={}"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 THREE = ["train.steps=3", "train.micro_batch=2"]
 
 
@@ -27,7 +27,7 @@ def classes(overrides):
 
 def test_what_is_quantised_and_what_is_kept(workers):
     """Report, 3.3.1: embedding, head, gate, norms stay; MTP's eh_proj as in the published checkpoints."""
-    found = workers(1).run(classes, FP8)[0]
+    found = workers(1).run(classes, [*FP8, *SEQUENTIAL])[0]
     quantised = {name for name, (_, rule) in found.items() if rule is not None}
     kept = {name for name in found if name not in quantised}
     assert {name.rpartition(".")[2] for name in kept} == {
@@ -53,7 +53,7 @@ def keys_and_shapes(overrides):
         return {name: tuple(getattr(value, "shape", ())) for name, value in chunk.state_dict().items()}
 
 
-@pytest.mark.parametrize("experts", [[], GROUPED])
+@pytest.mark.parametrize("experts", [[], SEQUENTIAL])
 def test_names_and_shapes_are_those_of_bf16(workers, experts):
     half = ["plugins.fp32=null", "plugins.bf16={}"]
     expected = workers(1).run(keys_and_shapes, [*half, *experts])[0]
@@ -100,7 +100,7 @@ def test_expert_parallelism_fills_the_tiles_along_tokens_otherwise(workers, alon
         assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-3)
 
 
-@pytest.mark.parametrize("experts", [[], GROUPED])
+@pytest.mark.parametrize("experts", [[], SEQUENTIAL])
 def test_quantising_is_seen_and_small(workers, experts):
     half = workers(1).run(trained, THREE)[0]
     quantised = workers(1).run(trained, [*EXACT, *THREE, *experts])[0]
@@ -125,10 +125,10 @@ def casting(overrides):
         return trained(overrides)["rows"], len(casts)
 
 
-@pytest.mark.parametrize("experts", [[], GROUPED])
+@pytest.mark.parametrize("experts", [[], SEQUENTIAL])
 def test_weights_cast_once_a_step_give_the_same_numbers(workers, experts):
     """Four micro-batches a step, two steps, an evaluation."""
-    changes = [*FP8, *experts, "train.steps=2"]
+    changes = [*FP8, *experts, "train.steps=2", "train.micro_batch=2"]
     rows, often = workers(1).run(casting, changes)[0]
     again, once = workers(1).run(casting, [*changes, "plugins.fp8_v3.keep_weights=true"])[0]
     for row, one in zip(again, rows, strict=True):
@@ -140,8 +140,8 @@ def test_weights_cast_once_a_step_give_the_same_numbers(workers, experts):
 
 def test_packed_experts_are_experts_in_turn(workers):
     """Every loss, count and norm of the steps, bit for bit."""
-    in_turn = workers(1).run(trained, [*FP8, *THREE])[0]
-    packed = workers(1).run(trained, [*FP8, *THREE, *GROUPED])[0]
+    packed = workers(1).run(trained, [*FP8, *THREE])[0]
+    in_turn = workers(1).run(trained, [*FP8, *THREE, *SEQUENTIAL])[0]
     assert packed["counts"] == in_turn["counts"]
     for row, one in zip(packed["rows"], in_turn["rows"], strict=True):
         assert all(row[key] == one[key] for key in ("loss", "mtp_loss", "aux_loss", "grad_norm"))
@@ -228,7 +228,7 @@ WHOLE_TILES = [
 """tiny.yaml with widths whose halves are multiples of 128: of the latent with the rotated key, too."""
 CUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
-    "tp2_ep2": (2, ["parallel.tensor=2", "parallel.expert=2", *GROUPED]),
+    "tp2_ep2": (2, ["parallel.tensor=2", "parallel.expert=2"]),
     "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
 
@@ -292,7 +292,7 @@ def test_a_checkpoint_of_bf16_goes_on_in_fp8_and_back(workers, tmp_path):
 KEPT = ["plugins.fp8_v3.keep_weights=true"]
 
 
-@pytest.mark.parametrize("more", [[], GROUPED, KEPT], ids=["in turn", "grouped", "kept"])
+@pytest.mark.parametrize("more", [[], SEQUENTIAL, KEPT], ids=["grouped", "in turn", "kept"])
 def test_goes_on_bit_for_bit(workers, tmp_path, more):
     from checkpoint.test_state import continued, saved
 

@@ -16,6 +16,7 @@ SIZES = [
     f"model.ffn_hidden_size={WIDTHS['dense']}",
     f"model.moe_shared_expert_intermediate_size={WIDTHS['shared']}",
     f"model.moe_ffn_hidden_size={WIDTHS['routed']}",
+    *("plugins.grouped=null", "plugins.sequential={}"),
 ]
 """Tiles of 128 and what is left beside them, in each."""
 
