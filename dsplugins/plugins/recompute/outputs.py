@@ -19,6 +19,8 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dsplugins.numerics import remade
+
 NORMS = (
     "input_layernorm",
     "pre_mlp_layernorm",
@@ -145,7 +147,9 @@ class Outputs:
         if name not in self._checked:
             self._check(name, make, output)
         storage = output.untyped_storage()
-        self._scopes[-1].append(Output(name, make, StorageWeakRef(storage), storage.nbytes()))
+        made = Output(name, make, StorageWeakRef(storage), storage.nbytes())
+        self._scopes[-1].append(made)
+        remade.note(made.storage)
 
     def _check(self, name: str, make: Callable[[], torch.Tensor], output: torch.Tensor) -> None:
         with torch.no_grad():
@@ -172,10 +176,12 @@ class Outputs:
             if made.storage.cdata in passed_on or trigger is None:
                 if self._scopes:
                     self._scopes[-1].append(made)
+                    continue
             elif made.held() is not None:
                 made.drop()
                 dropped.append(made)
                 self.report.avoided[made.name] = made.nbytes
+            remade.forget(made.storage)
         if trigger is not None and dropped:
             trigger.register_hook(partial(_restore, dropped))
 

@@ -36,7 +36,8 @@ class V3Recompute:
     extension when it is first used. Core's `layernorm` there covers two norms of a layer and needs
     TransformerEngine; here all of them are covered, with any backend (see `outputs.Outputs`). Losses and
     gradients keep every bit. The chunk gets an attribute `ds_recompute_report` (`outputs.Report`) with
-    the measured bytes that the norms no longer hold; a run tells them at its end.
+    the measured bytes that the norms no longer hold; a run tells them at its end. Linears of `fp8_v3` that
+    read such an output keep no codes of it, either: they cast it again (`numerics.remade`).
     """
 
     Options = V3RecomputeOptions

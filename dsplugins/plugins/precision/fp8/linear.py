@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from dsplugins.numerics import remade
 from dsplugins.numerics.tiles import ROW, Quantised
 from dsplugins.numerics.watch import Watch
 from dsplugins.plugins.precision.fp8 import products
@@ -24,7 +25,8 @@ from dsplugins.plugins.precision.fp8.swiglu import SwigluInput
 class Fp8Product(torch.autograd.Function):
     """y = x W^T. x [..., K] in 16 bits, W [N, K]; y [..., N] has the format of x.
 
-    Backward keeps the input's codes instead of the input: 1 byte and 1/32 for each number (E5M6: 1.5).
+    Backward keeps the input's codes instead of the input: 1 byte and 1/32 for each number (E5M6: 1.5). Where
+    the input is made again for backward, it keeps neither, and casts it once more (`numerics.remade`).
     `gathered` is the tensor-parallel group where x is split along its first dimension (sequence parallel),
     `reduced` the one over which the gradient of x is summed.
     """
@@ -44,7 +46,8 @@ class Fp8Product(torch.autograd.Function):
         ctx.gathered, ctx.reduced = gathered, reduced
         ctx.weight = weight  # not a saved tensor: its `main_grad` is added to in backward
         if rule.keeps != "nothing":
-            ctx.save_for_backward(*_keep(flat, codes, rule))
+            ctx.again = remade.noted(flat)
+            ctx.save_for_backward(*((flat,) if ctx.again else _keep(flat, codes, rule)))
         whole = _gather(codes, gathered)
         y = products.output(whole, weight, [whole.codes.shape[0]], rule, x.dtype)
         return y.view(-1, *x.shape[1:-1], weight.shape[0])
@@ -57,7 +60,8 @@ class Fp8Product(torch.autograd.Function):
         dx = dw = None
         wait: Callable[[], object] = _nothing
         if ctx.needs_input_grad[1]:  # on its way while dx is made
-            kept = [_gathering(part, ctx.gathered) for part in ctx.saved_tensors]
+            parts = _cast_again(ctx.saved_tensors[0], rule) if ctx.again else ctx.saved_tensors
+            kept = [_gathering(part, ctx.gathered) for part in parts]
         if ctx.needs_input_grad[0]:
             dy_codes = products.gradient(flat, rule)
             dx = products.input_gradient(dy_codes, weight, all_tokens, rule, dy.dtype)
@@ -79,6 +83,11 @@ def _keep(x: torch.Tensor, codes: Quantised, rule: Rule) -> tuple[torch.Tensor, 
         return codes.codes, codes.scales
     packed = rule.arithmetic.pack(x)
     return packed.bytes, packed.scales
+
+
+def _cast_again(x: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_keep` would have kept; whoever watches saw it in forward."""
+    return _keep(x, products.activation(x, rule.forward_only), rule)
 
 
 def _kept(saved: Sequence[torch.Tensor], rule: Rule, columns: int) -> torch.Tensor | Quantised:
