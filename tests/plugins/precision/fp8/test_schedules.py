@@ -1,4 +1,4 @@
-"""fp8_v3 beside what changes the order of a step: schedules, overlapped communication, kept codes."""
+"""fp8_v3 beside what changes the order of a step: schedules, overlap, kept codes, inputs made again."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ NUMBERS = ("loss", "mtp_loss", "aux_loss", "grad_norm")
 EP_OVERLAP = ["plugins.one_f_one_b=null", "plugins.ep_overlap={}"]
 INTERLEAVED = ["parallel.virtual_pipeline=2", "plugins.one_f_one_b=null", "plugins.interleaved={}"]
 OVERLAPPED = ["plugins.adamw.overlap_grad_reduce=true", "plugins.adamw.overlap_param_gather=true"]
+RECOMPUTED = ["plugins.v3_recompute={mla_up_proj: false}"]
 CASES = {
     "ep_overlap": (["parallel.expert=2", "plugins.mtp=null"], EP_OVERLAP),
     "interleaved": (["parallel.pipeline=2", "optimizer.clip_grad=0.0"], INTERLEAVED),
     "dp2": ([], OVERLAPPED),
+    "tp2, inputs made again": (["parallel.tensor=2"], RECOMPUTED),
+    "pp2, inputs made again": (["parallel.pipeline=2"], RECOMPUTED),
     "ep2": (["parallel.expert=2", "plugins.mtp=null"], [*EP_OVERLAP, *OVERLAPPED]),
 }
 """What both runs of two ranks have, what one has besides. Where layers stand on other ranks, squares are
