@@ -115,6 +115,12 @@ def test_tasks_of_srun_are_ranks(cluster, on_one_node):
     assert codes == [0], said
     assert "torch.distributed.run" not in (cluster.folder / "submitted").read_text()
     assert cluster.losses() == on_one_node[:2]
+    evaluate = [sys.executable, "-m", "dsplugins", "evaluate", "out", "evaluate.sequences=8", "--json"]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    code, said = cluster.run(["srun", "--nodes=2", "--ntasks-per-node=1", *evaluate], **where)
+    assert code == 0 and '"sequences": 8' in said, said
 
 
 def test_several_torchruns_on_a_node_are_refused(cluster):
