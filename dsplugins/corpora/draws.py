@@ -7,20 +7,37 @@ A random generator would tie a draw to the ones before it, and numpy promises no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+SEPARATOR = "\x1f"
 
 
 def draws(*names: str | int) -> tuple[float, float, float, float]:
     """Four independent uniform numbers in [0, 1) that belong to these names."""
-    text = "\x1f".join(str(name) for name in names)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(_bytes(SEPARATOR.join(str(name) for name in names))).digest()
     first, second, third, fourth = (_fraction(digest[i : i + 8]) for i in range(0, 32, 8))
     return first, second, third, fourth
 
 
+def keys(*names: str | int, last: Iterable[str | int]) -> list[bytes]:
+    """For each of `last` a key to sort by, in the order of `draws(*names, each)`."""
+    begun = hashlib.sha256(_bytes(SEPARATOR.join([*(str(name) for name in names), ""])))
+    found = []
+    for each in last:
+        own = begun.copy()
+        own.update(_bytes(str(each)))
+        found.append(own.digest())
+    return found
+
+
 def shuffled(names: Sequence[str], *key: str | int) -> list[int]:
     """Indices of `names` in an order that only the names and `key` decide."""
-    return sorted(range(len(names)), key=lambda i: (draws(*key, names[i]), names[i]))
+    drawn = keys(*key, last=names)
+    return sorted(range(len(names)), key=lambda i: (drawn[i], names[i]))
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _fraction(eight_bytes: bytes) -> float:

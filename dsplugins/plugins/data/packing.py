@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dsplugins.corpora.draws import draws, shuffled
+from dsplugins.corpora.draws import keys, shuffled
 from dsplugins.plugins.data.tokens import Tokens, joined
 
 
@@ -89,8 +89,8 @@ class Order:
             # Reads go forward; a step may straddle two blocks.
             while len(self._blocks) > 1:
                 del self._blocks[next(iter(self._blocks))]
-            keys = [draws("sample", self._seed, block, i) for i in range(self._samples)]
-            self._blocks[block] = sorted(range(self._samples), key=keys.__getitem__)
+            drawn = keys("sample", self._seed, block, last=range(self._samples))
+            self._blocks[block] = sorted(range(self._samples), key=drawn.__getitem__)
         return block * self._samples + self._blocks[block][place]
 
 
