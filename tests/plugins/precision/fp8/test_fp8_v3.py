@@ -227,7 +227,7 @@ WHOLE_TILES = [
 ]
 """tiny.yaml with widths whose halves are multiples of 128: of the latent with the rotated key, too."""
 CUTS = {
-    "tp2": (2, ["parallel.tensor=2"]),
+    "tp2": (2, ["parallel.tensor=2", *SEQUENTIAL]),
     "tp2_ep2": (2, ["parallel.tensor=2", "parallel.expert=2"]),
     "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
