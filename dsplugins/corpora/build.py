@@ -13,7 +13,6 @@ import os
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +29,7 @@ from dsplugins.corpora.claim import claimed
 from dsplugins.corpora.documents import Bad
 from dsplugins.corpora.encoding import WIDE, Encoded, Encoder, Unencodable
 from dsplugins.corpora.memory import killed, refuse_unfit
-from dsplugins.corpora.pool import ordered
+from dsplugins.corpora.pool import ProcessLost, ordered
 from dsplugins.corpora.sidecar import Sidecar
 from dsplugins.corpora.sources import File, Piece, find, tasks
 from dsplugins.corpora.tokenizer import TokenizerFile
@@ -199,7 +198,7 @@ def _told(
                 tell_bad(bad)
             tell_progress(progress)
             yield part
-    except BrokenProcessPool as error:
+    except ProcessLost as error:
         raise EnvironmentUnfit(killed(piece for task in sent for piece in task)) from error
 
 

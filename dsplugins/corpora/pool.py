@@ -1,18 +1,23 @@
-"""Work in several processes, results in the order of the tasks, few of either in memory."""
+"""Work in several processes, results in the order of the tasks, few of either in memory.
+
+Each process has a pipe of its own: no lock, queue or thread is shared by two of them, so that one which is
+killed, at any instant, leaves nothing behind that another could wait for. (concurrent.futures' pool does; it
+may also not see the end of its newest process before another one's result.)
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
-from collections import deque
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
+from itertools import count
 from multiprocessing import connection
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.context import SpawnProcess
 from threading import Thread
 from typing import Any
 
@@ -25,113 +30,163 @@ AHEAD = 4
 PARALLEL = "TOKENIZERS_PARALLELISM"
 """The tokenizers library starts a thread a core unless this says false."""
 
+_NONE_LEFT = object()
+
+Answer = tuple[Any, Exception | None]
+"""What a task came to: its result, or what it raised."""
+
+
+class ProcessLost(Exception):
+    """A process ended in the middle of its work: somebody killed it, as the system does without memory."""
+
+
+@dataclass
+class _Hand:
+    """A process, and this end of the pipe to it."""
+
+    process: SpawnProcess
+    pipe: connection.Connection
+    task: int | None = None
+    """The number of the one that it is at."""
+
+    def give(self, number: int, task: object) -> None:
+        """A task, when it has none: then it reads, and this never waits for one that waits for us."""
+        self.task = number
+        try:
+            self.pipe.send_bytes(pickle.dumps(task))
+        except ConnectionError as error:
+            raise ProcessLost from error
+
+    def take(self) -> tuple[int, Answer]:
+        """The number of its task, and the answer; ProcessLost where that ends before its end."""
+        assert self.task is not None
+        try:
+            answer = self.pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise ProcessLost from error
+        number, self.task = self.task, None
+        return number, pickle.loads(answer)
+
 
 def ordered[Task, Result](
     work: Callable[[Task], Result], tasks: Iterable[Task], workers: int, idle: Callable[[], object]
 ) -> Generator[Result]:
     """`work` of each task, in order. With one worker in this process, else in so many others.
 
-    `idle` is called again and again while others work, and may raise. They finish the task they are at when
-    this generator is left, and end with this process, however it ends.
+    `idle` is called again and again while others work, and may raise. They are ended where they are when this
+    generator is left, and with this process, however it ends.
 
-    `work` and its tasks are pickled: small. An exception of one task is raised in its turn; BrokenProcessPool
-    when a process was killed, and the others are then ended where they are.
+    `work`, tasks and results are pickled. An exception of one task is raised in its turn, ProcessLost as soon
+    as a process has been killed.
     """
     if workers == 1:
         with _one_thread():
             yield from map(work, tasks)
         return
-    spawned = _Spawned()
-    with _one_thread():
-        pool = ProcessPoolExecutor(workers, spawned, _begin)
-        try:
-            yield from _drained(pool, spawned, work, iter(tasks), workers * AHEAD, idle)
-        except BrokenProcessPool:
-            spawned.kill()
-            raise
-        finally:
-            # Beside this thread: where a process is lost, the pool waits for the others under its lock.
-            ending = Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
-            ending.start()
-            spawned.join()
-            ending.join()
-
-
-class _Spawned(SpawnContext):
-    """Starts a pool's processes, and knows them.
-
-    The pool itself looks at those that were there when it last had something to do, so that the end of its
-    newest one can stay unseen. And it ends the others by SIGTERM, which is blocked in ours, and waits for
-    them. Spawned, not forked: this process may have threads.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.processes: list[SpawnProcess] = []
-
-    def Process(self, *arguments: Any, **named: Any) -> SpawnProcess:  # type: ignore[override]
-        """A process, as the pool asks for one."""
-        self.processes.append(SpawnProcess(*arguments, **named))
-        return self.processes[-1]
-
-    def lost(self) -> bool:
-        """Whether one was ended: of itself it only ends, with 0, when the pool is shut down."""
-        return any(process.exitcode for process in self.processes)
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-
-    def join(self) -> None:
-        """Waits until each has ended its task. Unless one is lost: they may wait for a lock of it."""
-        while running := [process for process in self.processes if process.exitcode is None]:
-            if self.lost():
-                self.kill()
-            connection.wait([process.sentinel for process in running], PERIOD)
+    hands: list[_Hand] = []
+    try:
+        with _one_thread():
+            yield from _drained(hands, work, iter(tasks), workers, idle)
+    finally:
+        for hand in hands:
+            hand.process.kill()
+        for hand in hands:
+            hand.process.join()
+            hand.pipe.close()
 
 
 def _drained[Task, Result](
-    pool: ProcessPoolExecutor,
-    spawned: _Spawned,
+    hands: list[_Hand],
     work: Callable[[Task], Result],
     tasks: Iterator[Task],
-    ahead: int,
+    workers: int,
     idle: Callable[[], object],
 ) -> Iterator[Result]:
-    waiting = _submitted(pool, work, islice(tasks, ahead))
-    while waiting:
-        first = waiting.popleft()
-        while wait([first], PERIOD).not_done and not spawned.lost():
-            idle()
-        idle()  # before it is told that processes are gone: whoever ended them may have asked this one, too
-        if not first.done():
-            raise BrokenProcessPool("a process of the pool was ended")
-        result = first.result()
-        waiting.extend(_submitted(pool, work, islice(tasks, 1)))
+    answers: dict[int, Answer] = {}
+    given = 0
+    for number in count():
+        while number not in answers:
+            given = _give(hands, work, tasks, given, number + workers * AHEAD, workers)
+            busy = {hand.pipe: hand for hand in hands if hand.task is not None}
+            if not busy:
+                return
+            ready = connection.wait(busy, PERIOD)
+            idle()  # before it is told that one is gone: whoever ended it may have asked this process, too
+            answers.update(hand.take() for pipe, hand in busy.items() if pipe in ready)
+        result, error = answers.pop(number)
+        if error is not None:
+            raise error
         yield result
 
 
-def _submitted[Task, Result](
-    pool: ProcessPoolExecutor, work: Callable[[Task], Result], tasks: Iterable[Task]
-) -> deque[Future[Result]]:
-    """Processes are started here. Signals are for this one alone: they inherit that those are blocked."""
+def _give[Task, Result](
+    hands: list[_Hand],
+    work: Callable[[Task], Result],
+    tasks: Iterator[Task],
+    given: int,
+    until: int,
+    workers: int,
+) -> int:
+    """Tasks for all that have none, up to number `until`; how many were given from the beginning on."""
+    while given < until:
+        hand = next((hand for hand in hands if hand.task is None), None)
+        if hand is None and len(hands) == workers:
+            break
+        task = next(tasks, _NONE_LEFT)
+        if task is _NONE_LEFT:
+            break
+        if hand is None:
+            hand = _started(work)
+            hands.append(hand)
+        hand.give(given, task)
+        given += 1
+    return given
+
+
+def _started(work: Callable[[Any], object]) -> _Hand:
+    """Spawned, not forked: this process may have threads. Signals are for this one alone: blocked there."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, work))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
-        return deque(pool.submit(work, task) for task in tasks)
+        process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()  # the process alone has it: when it ends, there is nothing more to read here
+    return _Hand(process, ours)
 
 
-def _begin() -> None:
-    """In a new process: it ends when the one that started it has, be it killed."""
+def _serve(pipe: connection.Connection, work: Callable[[Any], object]) -> None:
+    """A process's life, which ends with the one that started it, be it killed."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "this process was started by the pool"
+    assert parent is not None, "this process was started by `_started`"
 
     def watch() -> None:
         parent.join()
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+    while True:
+        try:
+            task = pickle.loads(pipe.recv_bytes())
+            pipe.send_bytes(_answer(work, task))
+        except (EOFError, ConnectionError):
+            return
+
+
+def _answer(work: Callable[[Any], object], task: object) -> bytes:
+    """An `Answer`, pickled. What an exception can't bring along is in its words."""
+    try:
+        return pickle.dumps((work(task), None))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        try:
+            told = pickle.dumps((None, error))
+            pickle.loads(told)
+        except Exception:
+            return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
+        return told
 
 
 @contextmanager
@@ -147,4 +202,4 @@ def _one_thread() -> Iterator[None]:
             os.environ[PARALLEL] = before
 
 
-__all__ = ["ordered"]
+__all__ = ["ProcessLost", "ordered"]

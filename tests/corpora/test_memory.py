@@ -1,13 +1,12 @@
 """A document that memory can't hold is told before, or at least afterwards, with its place and what to do."""
 
-from concurrent.futures.process import BrokenProcessPool
-
 import pytest
 
 from dsplugins.contracts import EnvironmentUnfit
 from dsplugins.corpora import build as building
 from dsplugins.corpora import memory, sources
 from dsplugins.corpora.build import Wanted, build
+from dsplugins.corpora.pool import ProcessLost
 from dsplugins.corpora.tokenizer import TokenizerFile
 
 MIB = 1 << 20
@@ -67,7 +66,7 @@ def test_of_a_process_that_was_killed_the_largest_document_is_told(corpus, littl
     def killed(work, tasks, workers, idle):
         first, *_ = tasks
         yield work(first)
-        raise BrokenProcessPool("a process ended")
+        raise ProcessLost("a process ended")
 
     monkeypatch.setattr(building, "ordered", killed)
     monkeypatch.setattr(sources.tasks, "__defaults__", (1024,))
