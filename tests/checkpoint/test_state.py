@@ -8,10 +8,11 @@ import pytest
 
 from dsplugins.testing import JobFailed
 
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 LAYOUTS = {
     "one": (1, []),
     "dp2": (2, []),
-    "tp2": (2, ["parallel.tensor=2"]),
+    "tp2": (2, ["parallel.tensor=2", *SEQUENTIAL]),
     "ep2": (2, ["parallel.expert=2"]),
     "pp2": (2, ["parallel.pipeline=2"]),
     "pp2_vpp2": (
@@ -23,7 +24,7 @@ LAYOUTS = {
             "plugins.interleaved={}",
         ],
     ),
-    "sequential": (1, ["plugins.grouped=null", "plugins.sequential={}"]),
+    "sequential": (1, SEQUENTIAL),
     "whole": (2, ["plugins.adamw.zero=false"]),
 }
 BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
@@ -95,7 +96,6 @@ def test_a_checkpoint_of_one_process_goes_on_in_another_layout(workers, of_one, 
         assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
 
 
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 FOUR = ["train.micro_batch=2"]
 EXPERTS = {
     "ep2, all held by each": (2, [*LAYOUTS["ep2"][1], *BF16, "plugins.adamw.zero=false"]),

@@ -74,10 +74,10 @@ class Output:
         if storage is None:
             return
         with torch.no_grad():
-            remade = self.make().untyped_storage()
-        assert remade.nbytes() == self.nbytes, f"{self.name}: made again with another size"
+            made = self.make().untyped_storage()
+        assert made.nbytes() == self.nbytes, f"{self.name}: made again with another size"
         storage.resize_(self.nbytes)
-        storage.copy_(remade)
+        storage.copy_(made)
 
 
 class Outputs:
@@ -153,9 +153,9 @@ class Outputs:
 
     def _check(self, name: str, make: Callable[[], torch.Tensor], output: torch.Tensor) -> None:
         with torch.no_grad():
-            remade = make()
+            again = make()
         whole = output.untyped_storage().nbytes() == output.numel() * output.element_size()
-        if not whole or remade.stride() != output.stride() or not torch.equal(remade, output):
+        if not whole or again.stride() != output.stride() or not torch.equal(again, output):
             raise RuntimeError(f"v3_recompute: {name} doesn't come out the same when it is made again")
         self._checked.add(name)
 

@@ -24,10 +24,12 @@ EP_OVERLAP = [
     *("plugins.one_f_one_b=null", "plugins.ep_overlap={}"),
 ]
 BF16 = ["plugins.fp32=null", "plugins.bf16={}"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
+"""Gradients of experts without tokens must be told to be there, too."""
 UNCLIPPED = ["optimizer.clip_grad=0.0"]
 CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "dp2": (2, [*SEVERAL, *BF16], BOTH),
-    "dp2, many buckets": (2, [*SEVERAL, *UNCLIPPED], [*BOTH, *SMALL]),
+    "dp2, many buckets": (2, [*SEVERAL, *SEQUENTIAL, *UNCLIPPED], [*BOTH, *SMALL]),
     "dp2, many buckets, no zero": (2, [*SEVERAL, "plugins.adamw.zero=false"], [*REDUCE, *SMALL]),
     "ep2 x ep_overlap, many buckets": (2, [*SEVERAL, *EP_OVERLAP, *BF16, *UNCLIPPED], [*BOTH, *SMALL]),
     "dp2 x pp2 x vpp2": (4, INTERLEAVED, BOTH),

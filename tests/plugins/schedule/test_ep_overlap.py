@@ -19,6 +19,7 @@ BF16 = [
     *("train.steps=2", "train.micro_batch=1", "parallel.expert=2"),
 ]
 OVERLAP = ["plugins.one_f_one_b=null", "plugins.ep_overlap={}"]
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 FIELD = "overlap_moe_expert_parallel_comm"
 NUMBERS = ("loss", "mtp_loss", "aux_loss", "grad_norm", "max_vio")
@@ -51,7 +52,7 @@ def numbers(found):
 
 
 CASES = {
-    "no pipeline": (2, ["plugins.mtp=null"], []),
+    "no pipeline": (2, ["plugins.mtp=null", *SEQUENTIAL], []),
     "recompute": (2, ["plugins.mtp=null", "plugins.v3_recompute.norms=false"], []),
     "interleaved": (4, PIPELINE, ["plugins.one_f_one_b=null", "plugins.interleaved={}"]),
 }

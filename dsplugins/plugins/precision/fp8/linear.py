@@ -41,12 +41,12 @@ class Fp8Product(torch.autograd.Function):
         reduced: Any,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        codes = products.activation(flat, rule)
+        ctx.again = rule.keeps != "nothing" and remade.noted(flat)
+        codes = products.activation(flat, rule, hold=ctx.again)
         ctx.rule, ctx.shape = rule, x.shape
         ctx.gathered, ctx.reduced = gathered, reduced
         ctx.weight = weight  # not a saved tensor: its `main_grad` is added to in backward
         if rule.keeps != "nothing":
-            ctx.again = remade.noted(flat)
             ctx.save_for_backward(*((flat,) if ctx.again else _keep(flat, codes, rule)))
         whole = _gather(codes, gathered)
         y = products.output(whole, weight, [whole.codes.shape[0]], rule, x.dtype)
@@ -79,21 +79,31 @@ def _nothing() -> None:
 
 def _keep(x: torch.Tensor, codes: Quantised, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of this rank's part of the input, in the format of the rule."""
-    if rule.keeps == "e4m3" or "wgrad" not in rule.products:
-        return codes.codes, codes.scales
-    packed = rule.arithmetic.pack(x)
-    return packed.bytes, packed.scales
+    return (codes.codes, codes.scales) if _keeps_codes(rule) else _pack(x, rule)
 
 
 def _cast_again(x: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
     """What `_keep` would have kept; whoever watches saw it in forward."""
-    return _keep(x, products.activation(x, rule.forward_only), rule)
+    if not _keeps_codes(rule):
+        return _pack(x, rule)
+    codes = products.activation(x, rule.forward_only, hold=True)
+    return codes.codes, codes.scales
+
+
+def _keeps_codes(rule: Rule) -> bool:
+    """Those of the product in forward, and not another format of the input."""
+    return rule.keeps == "e4m3" or "wgrad" not in rule.products
+
+
+def _pack(x: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = rule.arithmetic.pack(x)
+    return packed.bytes, packed.scales
 
 
 def _kept(saved: Sequence[torch.Tensor], rule: Rule, columns: int) -> torch.Tensor | Quantised:
     """The whole input [T, K] as backward sees it, from what was kept of it."""
     codes, scales = saved
-    if rule.keeps == "e4m3" or "wgrad" not in rule.products:
+    if _keeps_codes(rule):
         return Quantised(codes, scales, ROW)
     return rule.arithmetic.unpack(Packed(codes, scales, columns))
 

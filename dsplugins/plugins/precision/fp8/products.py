@@ -20,11 +20,14 @@ Operand = torch.Tensor | Quantised | swiglu.SwigluKept
 """An input as backward has it: numbers, codes, or the codes of what SwiGLU made it from."""
 
 
-def activation(x: torch.Tensor, rule: Rule, operand: str = "fprop.x") -> Quantised:
-    """An input [T, K] in tiles of 128 channels of a token; `operand` is what it is called to who watches."""
+def activation(x: torch.Tensor, rule: Rule, operand: str = "fprop.x", hold: bool = False) -> Quantised:
+    """An input [T, K] in tiles of 128 channels of a token; `operand` is what it is called to who watches.
+
+    `hold`: for the next linear that reads it (`shared_codes`).
+    """
     if operand == "fprop.x" and "fprop" not in rule.products:
         return unrounded(x, ROW)
-    return rule.watch.saw(operand, x, shared_codes.rows(x, rule))
+    return rule.watch.saw(operand, x, shared_codes.rows(x, rule, hold))
 
 
 def active(inner: torch.Tensor, probs: torch.Tensor | None, rule: Rule) -> Quantised:

@@ -1,7 +1,8 @@
 """One cast where linears read the same tensor one after the other, as MLA's two down-projections do.
 
 Backward of the first one keeps the codes; the next takes those, so that they are made once and kept once.
-Nothing is kept here: where no backward has them (evaluation, the first of two passes), each linear casts.
+Where no backward has them (evaluation, the first of two passes), each linear casts. Those of an input that is
+made again for backward (`numerics.remade`) are held here, until the next cast and no longer.
 Imported from hook bodies only: it needs torch.
 """
 
@@ -30,6 +31,8 @@ class Made:
     """Which part of that, how often it had been written to, and how it was cast."""
     codes: weakref.ref[torch.Tensor]
     scales: weakref.ref[torch.Tensor]
+    held: Quantised | None
+    """The result itself, where nobody else has it."""
 
     def found(self) -> Quantised | None:
         """The result, if backward of some linear keeps it."""
@@ -41,8 +44,11 @@ _LATEST: list[Made] = []
 """The last cast, and no other: it is replaced before its input's memory can come again in another step."""
 
 
-def rows(x: torch.Tensor, rule: Rule) -> Quantised:
-    """`x` [T, K] in tiles of 1 x 128; the latest codes, if they are of the same numbers by the same rule."""
+def rows(x: torch.Tensor, rule: Rule, hold: bool = False) -> Quantised:
+    """`x` [T, K] in tiles of 1 x 128; the latest codes, if they are of the same numbers by the same rule.
+
+    `hold`: until the next cast they are, though nobody keeps them.
+    """
     if x.is_inference():  # nobody counts how often it is written to
         return rule.arithmetic.rows(x, rule.input)
     storage = StorageWeakRef(x.untyped_storage())
@@ -52,5 +58,6 @@ def rows(x: torch.Tensor, rule: Rule) -> Quantised:
         if latest.storage == storage and latest.of == of and (found := latest.found()) is not None:
             return found
     made = rule.arithmetic.rows(x, rule.input)
-    _LATEST[:] = [Made(storage, of, weakref.ref(made.codes), weakref.ref(made.scales))]
+    held = made if hold else None
+    _LATEST[:] = [Made(storage, of, weakref.ref(made.codes), weakref.ref(made.scales), held)]
     return made

@@ -64,23 +64,47 @@ def test_only_what_is_noted_is_kept_as_it_is():
 
 
 def kept_codes(overrides):
-    """Tokens of each input as wide as the model whose codes a step of one micro-batch keeps."""
+    """(tokens of inputs as wide as the model whose codes are kept, of all that are cast): one micro-batch."""
+    from unittest import mock
+
     from runs import assembled
 
+    from dsplugins.plugins.precision.fp8.reference import Reference
     from dsplugins.step import Progress, take_step
 
-    kept = []
+    kept, cast, own = [], [], Reference.rows
+
+    def noting(self, x, *more):
+        if x.shape[-1] == 48 and len(more) == 1:  # of a gradient, its floor is given, too
+            cast.append(x.shape[0])
+        return own(self, x, *more)
+
     one = ["train.micro_batch=2", "train.global_batch=2", "model.hidden_size=48"]
     keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with assembled([*one, *FP8, *overrides]) as run, keeping:
+    with assembled([*one, *FP8, *overrides]) as run, mock.patch.object(Reference, "rows", noting), keeping:
         take_step(run, Progress())
     wide = [t for t in kept if t.dtype == torch.float8_e4m3fn and t.shape[-1] == 48]
-    return [t.shape[0] for t in wide]
+    return [t.shape[0] for t in wide], cast
 
 
-def test_a_model_keeps_codes_of_dispatched_tokens_only(workers):
-    """Without recomputation also of what MLA's two down-projections and the dense or shared experts read."""
-    without, recomputed = (workers(1).run(kept_codes, more)[0] for more in ([], RECOMPUTED))
-    layers, tokens = 5, 64
-    assert without.count(tokens) == 3 * layers
-    assert [rows for rows in without if rows != tokens] == recomputed
+LAYOUTS = {
+    "one": (1, [], 64, 5),
+    "tp2": (2, ["parallel.tensor=2"], 32, 5),
+    "pp2": (2, ["parallel.pipeline=2"], 64, 2),
+}
+"""Ranks, overrides, tokens that a rank has, layers of rank 0."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_keeps_codes_of_dispatched_tokens_only(workers, layout):
+    """Without recomputation also of what MLA's two down-projections and the dense or shared experts read.
+
+    Those two inputs of a layer are cast once forward, and once more backward where they are made again.
+    """
+    size, overrides, tokens, layers = LAYOUTS[layout]
+    (kept, cast), (less, again) = (
+        workers(size).run(kept_codes, [*overrides, *more])[0] for more in ([], RECOMPUTED)
+    )
+    assert kept.count(tokens) == 3 * layers and less.count(tokens) == 0
+    assert [rows for rows in kept if rows != tokens] == [rows for rows in less if rows != tokens]
+    assert (cast.count(tokens), again.count(tokens)) == (2 * layers, 4 * layers)
