@@ -14,7 +14,7 @@ LONG = "__import__('time').sleep(600)"
 CUT_OFF = f"[__import__('threading').Timer(0.5, lambda: {KILLED}).start(), bytes(10**8)]"
 """Killed while it hands over its result."""
 UNREADABLE = "type('X', (), {'__reduce__': lambda self: (exec, ('raise KeyError(1)',))})()"
-SOON = 60.0
+SOON = 120.0
 
 
 def nothing() -> None:
