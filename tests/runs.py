@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 TINY = Path(__file__).parent / "tiny.yaml"
+SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
+"""Experts in turn, in the place of the grouped ones that recipes have."""
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from runs import SEQUENTIAL
 
 HERE = Path(__file__).parent
 NVIDIA = HERE / "nvidia"
@@ -120,7 +121,7 @@ BF16 = ["plugins.fp32=null", "plugins.bf16={}", "plugins.adamw.moments=bf16"]
 RUNS = (
     ["train.steps=2"],
     ["train.steps=2", *BF16, "plugins.v3_recompute={}"],
-    ["train.steps=2", "plugins.grouped=null", "plugins.sequential={}", "plugins.adamw.zero=false"],
+    ["train.steps=2", *SEQUENTIAL, "plugins.adamw.zero=false"],
 )
 LINE = """
 import torch.distributed as dist

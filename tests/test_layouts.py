@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from runs import SEQUENTIAL
 
 INTERLEAVED = ["parallel.virtual_pipeline=2", "plugins.one_f_one_b=null", "plugins.interleaved={}"]
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 TWOS = ["train.micro_batch=2"]
 """Half of the recipe's: two micro-batches a rank, or enough of them for a steady state of the pipeline."""
 LAYOUTS = {

@@ -30,8 +30,6 @@ AHEAD = 4
 PARALLEL = "TOKENIZERS_PARALLELISM"
 """The tokenizers library starts a thread a core unless this says false."""
 
-_NONE_LEFT = object()
-
 Answer = tuple[Any, Exception | None]
 """What a task came to: its result, or what it raised."""
 
@@ -83,64 +81,62 @@ def ordered[Task, Result](
         with _one_thread():
             yield from map(work, tasks)
         return
-    hands: list[_Hand] = []
+    pool = _Pool(work, iter(tasks), workers)
     try:
         with _one_thread():
-            yield from _drained(hands, work, iter(tasks), workers, idle)
+            yield from pool.results(idle)
     finally:
-        for hand in hands:
+        pool.end()
+
+
+class _Pool[Task, Result]:
+    """Processes, started as there are tasks for them."""
+
+    def __init__(self, work: Callable[[Task], Result], tasks: Iterator[Task], workers: int) -> None:
+        self._work, self._tasks, self._workers = work, tasks, workers
+        self._hands: list[_Hand] = []
+        self._given = 0
+
+    def results(self, idle: Callable[[], object]) -> Iterator[Result]:
+        """One of each task, in their order."""
+        answers: dict[int, Answer] = {}
+        for number in count():
+            while number not in answers:
+                self._give(number + self._workers * AHEAD)
+                busy = {hand.pipe: hand for hand in self._hands if hand.task is not None}
+                if not busy:
+                    return
+                ready = connection.wait(busy, PERIOD)
+                idle()  # before it is told that one is gone: whoever ended it may have asked us, too
+                answers.update(hand.take() for pipe, hand in busy.items() if pipe in ready)
+            result, error = answers.pop(number)
+            if error is not None:
+                raise error
+            yield result
+
+    def _give(self, until: int) -> None:
+        """A task, of those up to number `until`, for each process that has none."""
+        while self._given < until:
+            hand = next((hand for hand in self._hands if hand.task is None), None)
+            if hand is None and len(self._hands) == self._workers:
+                return
+            try:
+                task = next(self._tasks)
+            except StopIteration:
+                return
+            if hand is None:
+                hand = _started(self._work)
+                self._hands.append(hand)
+            hand.give(self._given, task)
+            self._given += 1
+
+    def end(self) -> None:
+        """All processes, where they are."""
+        for hand in self._hands:
             hand.process.kill()
-        for hand in hands:
+        for hand in self._hands:
             hand.process.join()
             hand.pipe.close()
-
-
-def _drained[Task, Result](
-    hands: list[_Hand],
-    work: Callable[[Task], Result],
-    tasks: Iterator[Task],
-    workers: int,
-    idle: Callable[[], object],
-) -> Iterator[Result]:
-    answers: dict[int, Answer] = {}
-    given = 0
-    for number in count():
-        while number not in answers:
-            given = _give(hands, work, tasks, given, number + workers * AHEAD, workers)
-            busy = {hand.pipe: hand for hand in hands if hand.task is not None}
-            if not busy:
-                return
-            ready = connection.wait(busy, PERIOD)
-            idle()  # before it is told that one is gone: whoever ended it may have asked this process, too
-            answers.update(hand.take() for pipe, hand in busy.items() if pipe in ready)
-        result, error = answers.pop(number)
-        if error is not None:
-            raise error
-        yield result
-
-
-def _give[Task, Result](
-    hands: list[_Hand],
-    work: Callable[[Task], Result],
-    tasks: Iterator[Task],
-    given: int,
-    until: int,
-    workers: int,
-) -> int:
-    """Tasks for all that have none, up to number `until`; how many were given from the beginning on."""
-    while given < until:
-        hand = next((hand for hand in hands if hand.task is None), None)
-        if hand is None and len(hands) == workers:
-            break
-        task = next(tasks, _NONE_LEFT)
-        if task is _NONE_LEFT:
-            break
-        if hand is None:
-            hand = _started(work)
-            hands.append(hand)
-        hand.give(given, task)
-        given += 1
-    return given
 
 
 def _started(work: Callable[[Any], object]) -> _Hand:

@@ -19,7 +19,6 @@ DENSE = [
 ]
 """The tiny model without experts."""
 BF16 = ["plugins.bf16={}", "plugins.fp32=null"]
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 INTERLEAVED = [
     *("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
     *("plugins.one_f_one_b=null", "plugins.interleaved={}"),

@@ -6,7 +6,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from audit.provoke import BF16, DENSE, INTERLEAVED, SEQUENTIAL
+from audit.provoke import BF16, DENSE, INTERLEAVED
+from runs import SEQUENTIAL
 
 SELECTIVE = ["model.recompute_granularity=selective"]
 

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from runs import SEQUENTIAL
 
 PROJECTIONS = [f"linear_{x}" for x in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "proj")]
 PARTS = {
@@ -35,7 +36,7 @@ AROUND_MTP = {
 
 def swapped() -> list[tuple[str, list[str]]]:
     """(what should be said, what was) for each part, made an instance of a subclass for one audit."""
-    from audit.provoke import SEQUENTIAL, unaudited, verdict
+    from audit.provoke import unaudited, verdict
 
     answers = []
     with unaudited(*SEQUENTIAL) as run:
@@ -263,8 +264,6 @@ def wrapped(ignored: bool, *overrides: str) -> list[str]:
 
 def test_it_reaches_everything(workers):
     """Attention, dense MLP, routed and shared experts, MTP: nothing to complain about."""
-    from audit.provoke import SEQUENTIAL
-
     assert workers(1).run(wrapped, False, *SEQUENTIAL)[0] == []
 
 

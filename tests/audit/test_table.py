@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from audit.provoke import BF16, SEQUENTIAL
+from audit.provoke import BF16
+from runs import SEQUENTIAL
 
 DENSE = {
     "layers": "decoder.0",

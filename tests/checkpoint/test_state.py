@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from runs import SEQUENTIAL
 
 from dsplugins.testing import JobFailed
 
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 LAYOUTS = {
     "one": (1, []),
     "dp2": (2, []),

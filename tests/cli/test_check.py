@@ -12,6 +12,7 @@ from pathlib import Path
 import forks
 import pytest
 from click.testing import CliRunner
+from runs import SEQUENTIAL
 
 ROOT = Path(__file__).parents[2]
 TINY = "tests/tiny.yaml"
@@ -148,7 +149,6 @@ answers.append(answer("tests/tiny.yaml", %s))
 print("ANSWERS" + json.dumps(answers))
 """
 TE = ["plugins.cpu=null", "plugins.cuda={}", "plugins.torch_local=null", "plugins.te={}"]
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 LAYOUTS = {
     "one": [],
     "expert": ["parallel.expert=2", "run.world_size=2"],

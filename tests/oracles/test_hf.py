@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import SEQUENTIAL
 
 pytest.importorskip("transformers")
 
@@ -35,7 +36,6 @@ OUR_YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 
 
 def overrides(fields: dict[str, Any]) -> list[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 
 from built import tiny_model
-
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
-"""Whose names are core's own."""
+from runs import SEQUENTIAL
 
 
 def stock_model(plan, settings):

@@ -8,6 +8,7 @@ import pytest
 import report_fp8 as report
 import torch
 from oracles.dispatch import CASES, EXPERTS, expected, through, whole
+from runs import SEQUENTIAL
 
 from dsplugins.contracts import Layout
 from dsplugins.plugins.dispatcher.fp8_alltoall import Fp8AllToAll
@@ -115,7 +116,7 @@ def trained(overrides):
     return trained(overrides)
 
 
-@pytest.mark.parametrize("experts", [[], ["plugins.grouped=null", "plugins.sequential={}"]])
+@pytest.mark.parametrize("experts", [[], SEQUENTIAL])
 def test_with_fp8_experts_forward_is_that_of_16_bits_to_the_bit(workers, experts):
     """They round what arrives by the same rule, and rounding twice changes nothing. So it is for gradients of
     outputs; transposed for the weight gradient they are rounded in other tiles, but by powers of two again:

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import SEQUENTIAL
 
 FP8 = [
     *("plugins.fp32=null", "plugins.fp8_v3={outside: fp32}"),
     *("train.micro_batch=2", "plugins.fp8_monitor={every: 3}"),
 ]
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 LINEARS = {
     "self_attention.linear_q_down_proj",
     "self_attention.linear_kv_up_proj",

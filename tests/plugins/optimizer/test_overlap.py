@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from runs import SEQUENTIAL
 
 REDUCE = ["plugins.adamw.overlap_grad_reduce=true"]
 BOTH = [*REDUCE, "plugins.adamw.overlap_param_gather=true"]
@@ -24,8 +25,6 @@ EP_OVERLAP = [
     *("plugins.one_f_one_b=null", "plugins.ep_overlap={}"),
 ]
 BF16 = ["plugins.fp32=null", "plugins.bf16={}"]
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
-"""Gradients of experts without tokens must be told to be there, too."""
 UNCLIPPED = ["optimizer.clip_grad=0.0"]
 CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "dp2": (2, [*SEVERAL, *BF16], BOTH),
@@ -34,7 +33,8 @@ CASES: dict[str, tuple[int, list[str], list[str]]] = {
     "ep2 x ep_overlap, many buckets": (2, [*SEVERAL, *EP_OVERLAP, *BF16, *UNCLIPPED], [*BOTH, *SMALL]),
     "dp2 x pp2 x vpp2": (4, INTERLEAVED, BOTH),
 }
-"""Ranks, what both runs have, what the overlapped one has besides.
+"""Ranks, what both runs have, what the overlapped one has besides. Of experts in turn, those without
+tokens must have their gradients told to be there, too.
 
 Several buckets with ZeRO cut each rank's share elsewhere: squares are summed in another order, and clipping
 would carry that into the weights; it is off there.

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import SEQUENTIAL
 
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 LAYOUTS = {
     "dp2": ["parallel.tensor=1"],
     "tp2": ["parallel.tensor=2"],

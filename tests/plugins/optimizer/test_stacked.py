@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from runs import SEQUENTIAL
 
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 BF16 = ["plugins.fp32=null", "plugins.bf16={}"]
 WHOLE = ["plugins.adamw.zero=false"]
 ONE_UNDECAYED = {"grouped": "*experts.weight2", "sequential": "*experts.local_experts.*.linear_fc2.weight"}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import SEQUENTIAL
 
 from dsplugins.contracts import Layout
 from dsplugins.plugins.precision.te_blockwise import TeBlockwise, TeBlockwiseOptions
@@ -14,7 +15,6 @@ from dsplugins.plugins.precision.te_mxfp8 import TeMxfp8
 
 RECIPE = "deepseek_v3/tiny_gpu.yaml"
 TE = ["plugins.torch_local=null", "plugins.te={}", "plugins.bf16=null"]
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 BLOCKWISE, MXFP8 = TeBlockwise(TeBlockwiseOptions()), TeMxfp8()
 FP32_SCALES = TeBlockwise(TeBlockwiseOptions(scales="fp32"))
 

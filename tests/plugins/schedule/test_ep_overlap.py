@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from runs import trained
+from runs import SEQUENTIAL, trained
 
 from dsplugins.contracts import Layout
 from dsplugins.plugins.schedule.ep_overlap import EpOverlap
@@ -19,7 +19,6 @@ BF16 = [
     *("train.steps=2", "train.micro_batch=1", "parallel.expert=2"),
 ]
 OVERLAP = ["plugins.one_f_one_b=null", "plugins.ep_overlap={}"]
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 FIELD = "overlap_moe_expert_parallel_comm"
 NUMBERS = ("loss", "mtp_loss", "aux_loss", "grad_norm", "max_vio")

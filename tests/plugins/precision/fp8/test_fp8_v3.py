@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from runs import SEQUENTIAL
 
 from dsplugins.contracts import RecipeError
 
 FP8 = ["plugins.fp32=null", "plugins.fp8_v3={}"]
 EXACT = ["plugins.fp32=null", "plugins.fp8_v3.outside=fp32"]
 FIRST = [*EXACT, "train.steps=1"]
-SEQUENTIAL = ["plugins.grouped=null", "plugins.sequential={}"]
 THREE = ["train.steps=3", "train.micro_batch=2"]
 
 

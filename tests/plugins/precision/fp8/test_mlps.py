@@ -7,6 +7,7 @@ import contextlib
 import numpy as np
 import pytest
 import report_fp8 as report
+from runs import SEQUENTIAL
 
 FP8 = ["plugins.fp32=null", "plugins.fp8_v3.outside=fp32"]
 TOKENS, HIDDEN = 24, 160
@@ -16,7 +17,7 @@ SIZES = [
     f"model.ffn_hidden_size={WIDTHS['dense']}",
     f"model.moe_shared_expert_intermediate_size={WIDTHS['shared']}",
     f"model.moe_ffn_hidden_size={WIDTHS['routed']}",
-    *("plugins.grouped=null", "plugins.sequential={}"),
+    *SEQUENTIAL,
 ]
 """Tiles of 128 and what is left beside them, in each."""
 
