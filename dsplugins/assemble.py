@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsplugins import audit, blame, model, process_group, routers, settings
 from dsplugins.contracts import Plan, Problem, RecipeError, Settings
-from dsplugins.finalize import GradientChain, gradients_finite
+from dsplugins.finalize import GradientChain, all_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,7 @@ def assemble(
     settled, chunks = built.settings, built.chunks
     optimizer = plugins.slot("optimizer", config=settled.optimizer, chunks=chunks)
     balance = routers.Balance(settled.model, chunks)
-    accepts = partial(gradients_finite, chunks) if plan.train.not_finite == "skip" else None
+    accepts = partial(all_finite, chunks) if plan.train.not_finite == "skip" else None
     chain = GradientChain(schedule.finalize_grads(), balance, accepts)
     _wire(built, optimizer, chain)
     run = Assembly(**vars(built), optimizer=optimizer, balance=balance, chain=chain)

@@ -68,13 +68,6 @@ def placements(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) 
     return found
 
 
-def group_of(
-    optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]
-) -> dict[torch.nn.Parameter, Mapping[str, Any]]:
-    """The group of each parameter of which this rank optimizes a share."""
-    return {place.parameter: place.group for place in placements(optimizer, chunks)}
-
-
 def describe(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> list[Group]:
     """All groups that hold anything on this rank."""
     by_group: dict[int, list[Placement]] = defaultdict(list)

@@ -43,7 +43,7 @@ class Train:
     """Steps between two printed lines; `metrics.jsonl` has every step."""
     not_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite stops the run, with a dump in the run directory, or costs this
-    step's update only; `skip` looks at all gradients before each update."""
+    step's update only; `skip` looks at losses and all gradients before each update."""
 
     def multiple(self, unit: int) -> int:
         """What batches are rounded to, where `unit` is micro_batch x data parallel."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from dsplugins import randomness
-from dsplugins.batches import forward_step, micro_batches
+from dsplugins.batches import Batch, forward_step, micro_batches
 from dsplugins.contracts import Step
 from dsplugins.failures import PluginFailure
 from dsplugins.routers import max_vio
@@ -93,6 +93,7 @@ def _forward_backward(run: Assembly, first: int, count: int) -> list[dict[str, t
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    run.chain.losses.clear()
     train, finalized = run.plan.train, run.chain.calls
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     iterators = [
@@ -100,7 +101,7 @@ def _forward_backward(run: Assembly, first: int, count: int) -> list[dict[str, t
         for _ in run.chunks
     ]
     losses = run.forward_backward(
-        forward_step_func=forward_step,
+        forward_step_func=_noting(run.chain.losses),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks,
         num_microbatches=count,
@@ -110,6 +111,22 @@ def _forward_backward(run: Assembly, first: int, count: int) -> list[dict[str, t
     )
     _finalized_once(run, run.chain.calls - finalized)
     return losses
+
+
+def _noting(losses: list[torch.Tensor]) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """`forward_step` whose losses also go into `losses`, where the end of backward finds them."""
+
+    def step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        output, mean_loss = forward_step(batches, model)
+
+        def noted(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            loss, told = mean_loss(output)
+            losses.append(told["loss"])
+            return loss, told
+
+        return output, noted
+
+    return step
 
 
 def _finalized_once(run: Assembly, times: int) -> None:
@@ -125,7 +142,7 @@ def _finalized_once(run: Assembly, times: int) -> None:
 def _update(run: Assembly) -> tuple[bool, float]:
     """The optimizer's step: (whether it was taken, gradient norm before clipping)."""
     # Asked once more: plugins have had the gradients in their hands since (ds_grads_ready).
-    if not run.chain.accepted or (run.chain.accepts is not None and not run.chain.accepts()):
+    if not (run.chain.accepted and run.chain.accepts()):
         return False, float("nan")
     # Without clipping some of core's optimizers give no norm, and others 0.
     unclipped = None if run.settings.optimizer.clip_grad else float(run.optimizer.get_grad_norm())

@@ -8,7 +8,7 @@ from dsplugins.finalize import GradientChain
 @pytest.mark.parametrize("accepted", [True, False])
 def test_biases_move_after_gradients_are_final_and_only_where_they_are_accepted(accepted):
     seen = []
-    chain = GradientChain(lambda *_: seen.append("final"), seen.append, lambda: accepted)
+    chain = GradientChain(lambda *_: seen.append("final"), seen.append, lambda losses: accepted)
     chain()
     assert seen == ["final", accepted] and chain.accepted is accepted
 

@@ -10,11 +10,12 @@ import pytest
 from dsplugins.testing import JobFailed
 
 
-def poisoned(folder, policy, harmed=(3,), save_fails=False):
-    """Train to one step after the last of `harmed`, whose gradients are not finite on the last rank only."""
+def poisoned(folder, policy, harmed=(3,), save_fails=False, what="gradient"):
+    """Train to one step after the last of `harmed`, in which `what` is not finite on the last rank only."""
     from pathlib import Path
 
     import torch
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from runs import assembled
 
     from dsplugins.contracts import EnvironmentUnfit
@@ -23,6 +24,14 @@ def poisoned(folder, policy, harmed=(3,), save_fails=False):
     from dsplugins.show import Display
     from dsplugins.train import Loop
     from dsplugins.wishes import Wishes
+
+    def harm(*outputs):
+        """Gradients stay finite where losses are not."""
+        if len(taken) + 1 not in harmed or run.rank != torch.distributed.get_world_size() - 1:
+            return None
+        if what == "mtp_loss":
+            MTPLossLoggingHelper.tracker["loss_values"] += math.inf
+        return outputs[-1] + math.inf if what == "loss" else None
 
     def failing():
         raise EnvironmentUnfit("checkpoint of step 2: no room")
@@ -45,11 +54,12 @@ def poisoned(folder, policy, harmed=(3,), save_fails=False):
             losses = forward_backward(**kwargs)
             taken.append(1)
             if len(taken) in harmed and run.rank == torch.distributed.get_world_size() - 1:
-                for parameter in model.parameters():
+                for parameter in model.parameters() if what == "gradient" else ():
                     parameter.main_grad.fill_(math.inf)
             return losses
 
         object.__setattr__(run, "forward_backward", some_are_harmed)
+        run.chunks[0].register_forward_hook(harm)
         loaded = Recipe.load(str(Path(__file__).parent / "tiny.yaml"), [])
         before = [p.detach().clone() for p in model.parameters()]
         loop = Loops(run, RunDirectory(Path(folder)), Display(speaks=False), Wishes())
@@ -69,6 +79,14 @@ def dumps(folder, step):
     """Of all ranks."""
     files = sorted((folder / "not_finite" / f"step-{step:08d}").iterdir())
     return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("what", ["loss", "mtp_loss"])
+def test_skip_leaves_out_a_step_whose_loss_alone_is_not_finite(workers, tmp_path, what):
+    workers(2).run(poisoned, str(tmp_path), "skip", (1,), False, what)
+    assert [row["skipped"] for row in rows(tmp_path)] == [True, False]
+    assert rows(tmp_path)[0][what] is None and rows(tmp_path)[1][what] > 0
+    assert not any(one["gradients_not_finite"] for one in dumps(tmp_path, 1))
 
 
 def test_skip_leaves_one_update_out(workers, tmp_path):

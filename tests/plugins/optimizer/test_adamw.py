@@ -141,16 +141,16 @@ def test_installed_fused_adam_does_not_decide(single, monkeypatch):
 
 
 def test_vectors_do_not_decay(single):
-    from dsplugins.optimizer_groups import describe, group_of
+    from dsplugins.optimizer_groups import describe, placements
 
     chunk, optimizer = build()
-    decay = {name: group_of(optimizer, [chunk])[p]["weight_decay"] for name, p in chunk.named_parameters()}
+    decay = {place.name: place.group["weight_decay"] for place in placements(optimizer, [chunk])}
     assert decay == {
-        "module.embedding.weight": 0.1,
-        "module.norm.weight": 0.0,
-        "module.linear.weight": 0.1,
-        "module.linear.bias": 0.0,
-        "module.expert": 0.1,
+        "0.embedding.weight": 0.1,
+        "0.norm.weight": 0.0,
+        "0.linear.weight": 0.1,
+        "0.linear.bias": 0.0,
+        "0.expert": 0.1,
     }
     groups = describe(optimizer, [chunk])
     assert [(g.weight_decay, g.experts, g.moments, g.master) for g in groups] == [
