@@ -39,8 +39,9 @@ def examine(recipe: Recipe, directory: Path, step: int | None = None) -> dict[st
     with blame.named(plugins):
         run = assemble_forward(recipe, plan, plugins, platform, device)
         found, told = _load_weights(run, directory / "checkpoints", step)
+        saved = found.manifest()  # now: a run that is under way may remove it meanwhile
         evaluation = evaluate(run, found.step)
-    other_data = map(str, changes.of_data(found.manifest().get("data", {}), run.data.facts))
+    other_data = map(str, changes.of_data(saved.get("data", {}), run.data.facts))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return {

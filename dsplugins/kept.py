@@ -49,6 +49,15 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return whole
 
 
+def steps(path: Path) -> list[dict[str, Any]]:
+    """`rows` of a log of steps. Raises RecipeError for one that doesn't tell its step, too."""
+    found = rows(path)
+    for number, row in enumerate(found, 1):
+        if not isinstance(row.get("step"), int):
+            raise damaged(path, f"line {number} tells no step", LINE)
+    return found
+
+
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
@@ -57,4 +66,4 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-__all__ = ["COPY", "LINE", "damaged", "mapping", "rows"]
+__all__ = ["COPY", "LINE", "damaged", "mapping", "rows", "steps"]

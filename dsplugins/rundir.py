@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
@@ -94,23 +96,23 @@ class RunDirectory:
 
     def steps(self) -> int:
         """Steps that the run here took. Raises RecipeError where their log is damaged."""
-        rows = kept.rows(self.path / "metrics.jsonl")
+        rows = kept.steps(self.path / "metrics.jsonl")
         return int(rows[-1]["step"]) if rows else 0
 
     def saved(self) -> int | None:
         """The step of the last checkpoint that was finished here, wherever that may be now."""
         try:
             return int(kept.mapping(self.path / "saved.json")["step"])
-        except (FileNotFoundError, RecipeError, KeyError):
+        except (FileNotFoundError, RecipeError, KeyError, TypeError, ValueError):
             return None
 
     def stepped_since(self, moment: float) -> bool:
         """Whether a step was taken after that time, in seconds since 1970."""
         try:
-            rows = kept.rows(self.path / "metrics.jsonl")
+            rows = kept.steps(self.path / "metrics.jsonl")
         except RecipeError:
             return True
-        return bool(rows) and rows[-1]["time"] > moment
+        return bool(rows) and rows[-1].get("time", math.inf) > moment
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -185,7 +187,7 @@ class RunDirectory:
 
     def _gaps(self, step: int) -> list[str]:
         """Steps up to `step` that `metrics.jsonl` doesn't have."""
-        there = {row["step"] for row in kept.rows(self.path / "metrics.jsonl")}
+        there = {row["step"] for row in kept.steps(self.path / "metrics.jsonl")}
         missing = sorted({*range(1, step + 1)} - there)
         if not missing:
             return []
@@ -267,7 +269,7 @@ class RunDirectory:
 
     def evaluated(self) -> set[int]:
         """Steps that `evaluations.jsonl` has."""
-        return {row["step"] for row in kept.rows(self.path / "evaluations.jsonl")}
+        return {row["step"] for row in kept.steps(self.path / "evaluations.jsonl")}
 
     def end(self, code: int, reason: str, *, overrule: bool = False, **facts: Any) -> dict[str, Any]:
         """Write `status.json`: torchrun hides exit codes, this file keeps them. Returns what it then holds.
@@ -312,13 +314,19 @@ class RunDirectory:
 
     def _unfit(self, error: OSError) -> EnvironmentUnfit:
         saved = self._checkpoints()
-        goes_on = f"; make room, and the same command goes on from {saved[-1]}" if saved else ""
+        goes_on = f"; {remedy(str(error))}, and the same command goes on from {saved[-1]}" if saved else ""
         return EnvironmentUnfit(f"run.directory {self.path} can't be written: {error.strerror}{goes_on}")
+
+
+def remedy(said: str) -> str:
+    """What helps where a file can't be written, by what the system said."""
+    full = any(os.strerror(code) in said for code in (errno.ENOSPC, errno.EDQUOT))
+    return "make room" if full else "mend that"
 
 
 def _cut(file: Path, step: int) -> None:
     """Keep a log's lines up to `step`, without a last one that was not written whole."""
-    rows = takewhile(lambda row: row["step"] <= step, kept.rows(file))
+    rows = takewhile(lambda row: row["step"] <= step, kept.steps(file))
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(partial, file)

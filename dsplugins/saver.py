@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from dsplugins.checkpoint.pieces import Piece, optimizer_steps, pieces, set_opti
 from dsplugins.contracts import EnvironmentUnfit, Problem, RecipeError
 from dsplugins.failures import HookFailure
 from dsplugins.model import gather_weights
-from dsplugins.rundir import RunDirectory, versions
+from dsplugins.rundir import RunDirectory, remedy, versions
 from dsplugins.step import Progress
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ class Saver:
         Raises EnvironmentUnfit where that can't be done, and where there are checkpoints and none is whole;
         RecipeError where the data is other than the checkpoint's, unless `accept`.
         """
-        self._first(lambda: shutil.rmtree(self._folder) if fresh and self._folder.exists() else None)
         if fresh:
+            self._first(lambda: store.clear(self._folder))
             return Progress(), []
         self._first(lambda: store.clear_partial(self._folder))
         found, told = store.newest_good(self._folder, self._group)
@@ -165,11 +164,9 @@ class Saver:
         try:
             checkpoint = store.save(self._folder, step, held, facts, self._group)
         except OSError as error:  # the same on all ranks
-            kept = self.newest()
-            raise EnvironmentUnfit(
-                f"checkpoint of step {step}: {error}; make room, and the same command goes on from "
-                f"{kept or 'the start, as no checkpoint was finished before'}"
-            ) from error
+            said = f"checkpoint of step {step}: {error}; {remedy(str(error))}"
+            kept = self.newest() or "the start, as no checkpoint was finished before"
+            raise EnvironmentUnfit(f"{said}, and the same command goes on from {kept}") from error
         if self._run.rank == 0:
             with suppress(EnvironmentUnfit):
                 RunDirectory(self._folder.parent).note("saved.json", {"step": step, "time": time.time()})

@@ -9,6 +9,7 @@ import pytest
 from dsplugins import changes, kept
 from dsplugins.cli import exits
 from dsplugins.contracts import RecipeError
+from dsplugins.pictures.style import read_metrics as curves
 from dsplugins.rundir import RunDirectory
 
 WHOLE = '{"step": 1}\n{"step": 2}\n'
@@ -39,6 +40,26 @@ def test_another_damaged_line_is_told(tmp_path, line):
         RunDirectory(tmp_path).evaluated()
     assert exits.code_of(raised.value) == 4
     assert exits.message_of(raised.value) == f"{file}: line 3 is damaged: mend that line, or remove it"
+
+
+@pytest.mark.parametrize("row", ["{}", '{"step": "3"}', '{"step": null}'])
+def test_a_row_that_tells_no_step_is_told(tmp_path, row):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f"{WHOLE}{row}\n")
+    for read in (
+        RunDirectory(tmp_path).steps,
+        lambda: RunDirectory(tmp_path)._rewind(1),
+        lambda: curves(tmp_path),
+    ):
+        with pytest.raises(RecipeError, match="line 3 tells no step"):
+            read()
+
+
+@pytest.mark.parametrize("said", ["{}", '{"step": null}', '{"step": "x"}', "[]", "", None])
+def test_what_does_not_tell_the_last_saved_step_tells_none(tmp_path, said):
+    if said is not None:
+        (tmp_path / "saved.json").write_text(said)
+    assert RunDirectory(tmp_path).saved() is None
 
 
 RESOLVED, LOCK = "a: 1\n", json.dumps({"versions": {"torch": "2"}, "plugins": []})

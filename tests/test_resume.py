@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import forks
 import pytest
+import small_disk
 from click.testing import CliRunner
 from two_ranks import ENVIRONMENT, command, finish, ranks_of, rows, start
 
@@ -183,47 +183,30 @@ def test_a_rank_that_hangs_ends_the_run_in_a_bounded_time(tmp_path):
 
 FULL = """
 import os, pathlib, shutil, subprocess, sys
+import small_disk
 
 size, *command = sys.argv[1:]
-ids = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
-os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS)
-for file, line in ids.items():
-    pathlib.Path("/proc/self", file).write_text(line)
+small_disk.alone()
 kept = pathlib.Path("small/checkpoints")
 kept.mkdir(parents=True)
-
-
-def mount(options):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", kept], check=True)
-
-
-mount(f"size={size}")
+small_disk.mount(kept, size)
 first = subprocess.run(command).returncode
 shutil.copy("small/status.json", "first.json")
 pathlib.Path("after_first").write_text(" ".join(sorted(os.listdir(kept))))
-mount("remount,size=100m")
+small_disk.mount(kept, "100m", again=True)
 second = subprocess.run(command).returncode
 pathlib.Path("after_second").write_text(" ".join(sorted(os.listdir(kept))))
 print("codes", first, second)
 """
 
 
-def can_mount():
-    tried = "mkdir -p mounted && mount -t tmpfs none mounted"
-    with tempfile.TemporaryDirectory() as folder:
-        line = ["unshare", "-rm", "sh", "-c", tried]
-        return not subprocess.run(line, cwd=folder, capture_output=True).returncode
-
-
-@pytest.mark.skipif(
-    not shutil.which("unshare") or not can_mount(), reason="can't mount a small file system here"
-)
+@small_disk.needed
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(whole):
     folder, expected = whole
     one = sum(f.stat().st_size for f in next((folder / "whole" / "checkpoints").iterdir()).iterdir())
     (folder / "full.py").write_text(FULL)
     line = [sys.executable, "full.py", str(int(1.6 * one)), *command("small", "save.keep=1")]
-    code, said = finish(forks.Fork(line, folder, ENVIRONMENT))
+    code, said = finish(forks.Fork(line, folder, {**ENVIRONMENT, **small_disk.ENVIRONMENT}))
     assert code == 0 and "codes 4 0" in said, said
     told = json.loads((folder / "first.json").read_text())
     # Step 6 failed in the background, which is seen when step 9 is to be saved: that is tried at once.

@@ -1,20 +1,18 @@
 """Checkpoints in a run directory: written whole or not at all, checked before they count, verified when read.
 
 `checkpoints/step-00000120/` holds one data file a rank and DCP's `.metadata`, and `manifest.json`: where the
-run stood, and size and SHA-256 of each file. A checkpoint is written beside it under a name that ends in
-`.partial`; the manifest is made from what can be read back, and the rename to the final name is what makes
-the checkpoint count. A process that is killed at any instant leaves a partial folder or a whole checkpoint.
+run stood, and size and SHA-256 of each file and of itself. A checkpoint is written beside it under a name
+that ends in `.partial`; the manifest is made from what can be read back, and the rename to the final name is
+what makes the checkpoint count. Whoever is killed at any instant leaves a partial folder or a whole one.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
@@ -24,11 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from dsplugins.checkpoint import manifest, room
 from dsplugins.checkpoint.pieces import Piece
 from dsplugins.checkpoint.planners import PieceLoader, PieceSaver, Unfit
 from dsplugins.contracts import Problem, RecipeError
 
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
@@ -42,8 +40,8 @@ class Checkpoint:
     step: int
 
     def manifest(self) -> dict[str, Any]:
-        """What `manifest.json` says."""
-        return json.loads((self.path / MANIFEST).read_text())
+        """What `manifest.json` says; see `manifest.read`."""
+        return manifest.read(self.path, self.step)
 
 
 def finished(folder: Path) -> list[Checkpoint]:
@@ -55,8 +53,20 @@ def finished(folder: Path) -> list[Checkpoint]:
 
 def clear_partial(folder: Path) -> None:
     """Remove what was being written when a run ended."""
-    for entry in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(entry)
+    _remove(folder.glob(f"step-*{PARTIAL}"))
+
+
+def clear(folder: Path) -> None:
+    """Remove every checkpoint, and nothing else: the folder may be a link to where others keep theirs."""
+    _remove(folder.glob("step-*"))
+
+
+def _remove(entries: Iterable[Path]) -> None:
+    for entry in [*entries]:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def save(
@@ -64,22 +74,34 @@ def save(
 ) -> Checkpoint:
     """Write a checkpoint; collective over `group` (gloo, all ranks), also from a thread of its own.
 
-    Raises on all ranks when one of them can't write; the partial folder is left for the next start to
-    clear, and nothing finished is touched.
+    Raises on all ranks when one of them can't write. What was written is removed then, for the room that it
+    takes, and nothing finished is touched.
     """
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
     rank = dist.get_rank(group)
     together(group, lambda: _fresh(partial, final) if rank == 0 else None)
-    writer = dcp.FileSystemWriter(partial, sync_files=True)
+    try:
+        _write(partial, held, group)
+        mine = together(group, lambda: _read_back(partial, rank))
+        files = {name: seen for each in mine for name, seen in each.items()}
+        together(group, lambda: _commit(partial, final, step, files, facts) if rank == 0 else None)
+    except OSError:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier(group)
+        raise
+    return Checkpoint(final, step)
+
+
+def _write(partial: Path, held: Sequence[Piece], group: dist.ProcessGroup) -> None:
+    """All ranks' pieces. Raises OSError on all of them where one can't."""
+    writer, rank = dcp.FileSystemWriter(partial, sync_files=True), dist.get_rank(group)
     try:
         dcp.save({}, storage_writer=writer, planner=PieceSaver(held), process_group=group)
     except dcp.CheckpointException as error:
-        raise OSError(f"{final.name} can't be written: {_told(error)}") from error
-    mine = together(group, lambda: _read_back(partial, rank))
-    files = {name: seen for each in mine for name, seen in each.items()}
-    together(group, lambda: _commit(partial, final, files, facts) if rank == 0 else None)
-    return Checkpoint(final, step)
+        full = "; ".join(filter(None, together(group, lambda: room.lacking(partial, rank, held))))
+        raise OSError(f"{partial.stem} can't be written: {full or _told(error)}") from error
 
 
 def load(checkpoint: Checkpoint, held: Sequence[Piece], group: dist.ProcessGroup) -> list[str]:
@@ -170,20 +192,13 @@ def _read_back(partial: Path, rank: int) -> dict[str, dict[str, Any]]:
     files = list(partial.glob(f"__{rank}_*"))
     if rank == 0:
         files.append(partial / ".metadata")
-    return {file.name: _seen(file) for file in files}
+    return {file.name: manifest.seen(file) for file in files}
 
 
-def _seen(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _commit(partial: Path, final: Path, files: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    with (partial / MANIFEST).open("w") as stream:
-        json.dump({**facts, "files": files}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _commit(
+    partial: Path, final: Path, step: int, files: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    manifest.write(partial, step, files, facts)
     _sync_folder(partial)
     os.rename(partial, final)  # which replaces no folder that holds anything
     _sync_folder(final.parent)
@@ -202,22 +217,15 @@ def _faults(checkpoint: Checkpoint, rank: int, ranks: int) -> list[str]:
     """What is wrong with this rank's share of a checkpoint's files."""
     try:
         files = checkpoint.manifest()["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{MANIFEST}: {type(error).__name__}"]
+    except OSError as error:
+        return [f"{manifest.MANIFEST}: {error.strerror or type(error).__name__}"]
+    except ValueError as error:
+        return [f"{manifest.MANIFEST}: {error}"]
     return [
         f"{name}: {fault}"
         for name, expected in sorted(files.items())[rank::ranks]
-        if (fault := _fault(checkpoint.path / name, expected))
+        if (fault := manifest.fault(checkpoint.path / name, expected))
     ]
-
-
-def _fault(file: Path, expected: Mapping[str, Any]) -> str | None:
-    try:
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file.stat().st_size} bytes instead of {expected['bytes']}"
-        return None if _seen(file) == expected else "other content than was written"
-    except OSError as error:
-        return error.strerror or type(error).__name__
 
 
 def together(group: dist.ProcessGroup, work: Any) -> list[Any]:
@@ -228,7 +236,8 @@ def together(group: dist.ProcessGroup, work: Any) -> list[Any]:
     try:
         outcome: tuple[Any, str, type[Exception]] = (work(), "", OSError)
     except OSError as error:
-        outcome = (None, f"{error.strerror or type(error).__name__}: {error.filename}", OSError)
+        said = f"{error.strerror}: {error.filename}" if error.strerror else str(error) or type(error).__name__
+        outcome = (None, said, OSError)
     except Exception as error:  # the others wait: whatever it is, they must hear of it
         outcome = (None, f"{type(error).__name__}: {error}", RuntimeError)
     everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -241,6 +250,6 @@ def together(group: dist.ProcessGroup, work: Any) -> list[Any]:
 
 
 __all__ = [
-    *("Checkpoint", "clear_partial", "finished", "load", "newest_good"),
+    *("Checkpoint", "clear", "clear_partial", "finished", "load", "newest_good"),
     *("prune", "save", "set_aside", "together"),
 ]

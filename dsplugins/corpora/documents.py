@@ -52,7 +52,7 @@ def documents(piece: Piece, key: str) -> Iterator[Document | Bad]:
     if piece.start == 0:
         content = content.removeprefix(BOM_UTF8)
     if not piece.file.lines:
-        yield _whole(piece, content)
+        yield _whole(piece, content, key)
         return
     for line, raw in enumerate(content.removesuffix(b"\n").split(b"\n"), piece.first_line):
         if not raw.strip():
@@ -64,12 +64,28 @@ def documents(piece: Piece, key: str) -> Iterator[Document | Bad]:
             yield Bad(str(piece.file.path), line, *error.args)
 
 
-def _whole(piece: Piece, content: bytes) -> Document | Bad:
+def _whole(piece: Piece, content: bytes, key: str) -> Document | Bad:
+    if _starts_with_row(content, key):
+        name, said = (
+            str(piece.file.path),
+            f"it has the key {key!r}: name it .jsonl, and each line is a document",
+        )
+        return Bad(name, 1, "a line of JSON in a file that is no .jsonl", said)
     try:
         text, size = _checked(_decoded(content))
     except Unusable as error:
         return Bad(str(piece.file.path), _line_of_fault(content), *error.args)
     return Document(piece.file.name, text, size)
+
+
+def _starts_with_row(content: bytes, key: str) -> bool:
+    """Whether the first line is one of a JSONL file, whatever the file is called."""
+    if not content.startswith(b"{"):
+        return False
+    try:
+        return isinstance(_value(_decoded(content.partition(b"\n")[0]), key), str)
+    except Unusable:
+        return False
 
 
 def _line_of_fault(content: bytes) -> int:

@@ -31,7 +31,7 @@ class File:
     @property
     def lines(self) -> bool:
         """Whether a line is a document, not the file."""
-        return self.path.suffix in LINES
+        return self.path.suffix.lower() in LINES
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ class Piece:
 def find(inputs: Sequence[Path], patterns: Sequence[str]) -> list[File]:
     """Files of the inputs: a file itself, a folder's files whose names match, sorted by name.
 
-    Raises ValueError for an input without files, for packed ones, and for a file that is given twice.
+    Raises ValueError for an input without files, for packed ones, for pipes, and for a file given twice.
     """
     files: list[File] = []
     for given in inputs:
+        if given.exists() and not (given.is_dir() or given.is_file()):
+            raise ValueError(f"{given} is a pipe or the like: write it to a file first")
         found = list(_below(given, patterns)) if given.is_dir() else [File(given, given.name, _size(given))]
         if not found:
             raise ValueError(f"{given} has no files like {', '.join(patterns)}: give a --pattern")
@@ -70,7 +72,7 @@ def find(inputs: Sequence[Path], patterns: Sequence[str]) -> list[File]:
     twice = [path for path, count in Counter(file.path.resolve() for file in files).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} is given twice")
-    packed = next((file.path for file in files if file.path.suffix in PACKED), None)
+    packed = next((file.path for file in files if file.path.suffix.lower() in PACKED), None)
     if packed:
         raise ValueError(f"{packed} is packed: unpack it first, inputs are JSONL or plain text")
     return list(_told_apart(files))

@@ -63,7 +63,7 @@ def read_evaluations(directory: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    rows = {row["step"]: row for row in kept.rows(path) if "step" in row}
+    rows = {row["step"]: row for row in kept.steps(path)}
     return [rows[step] for step in sorted(rows)]
 
 

@@ -81,6 +81,22 @@ def test_a_file_is_one_document(tmp_path):
     assert [str(bad) for bad in read(file)] == [f"{file}:1: empty text"]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "a"])
+def test_lines_of_json_under_another_name_are_not_taken_for_one_text(tmp_path, name):
+    """Megatron's own tools take `.json` for lines of JSON."""
+    file = tmp_path / name
+    file.write_text('{"text": "hello"}\n{"text": "world"}\n')
+    (bad,) = read(file)
+    assert (bad.path, bad.line, bad.reason) == (str(file), 1, "a line of JSON in a file that is no .jsonl")
+    assert bad.detail == "it has the key 'text': name it .jsonl, and each line is a document"
+    for text in ('{"text": 3}\n', '{"texts": "x"}\n', '{\n"text": "x"}\n', '{"text": "x"'):
+        file.write_text(text)
+        assert [document.text for document in read(file)] == [text]
+    shouted = file.with_name("A.JSONL")
+    shouted.write_text('{"text": "hello"}\n')
+    assert [document.text for document in read(shouted)] == ["hello"]
+
+
 def test_a_file_that_is_gone_is_told(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("x")

@@ -1,5 +1,7 @@
 """Which files are read, and that pieces are whole lines with the right numbers."""
 
+import os
+
 import pytest
 
 from dsplugins.corpora.sources import find, left_out, tasks
@@ -30,11 +32,20 @@ def test_what_is_left_out_is_counted_by_ending(tmp_path):
     assert found == kinds
 
 
-@pytest.mark.parametrize(("name", "said"), [("x.jsonl.gz", "unpack it first"), ("x.md", "give a --pattern")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x.jsonl.gz", "unpack it first"), ("x.GZ", "unpack it first"), ("x.md", "give a --pattern")],
+)
 def test_what_can_not_be_read_is_refused(tmp_path, name, said):
     (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=said):
-        find([tmp_path], ["*.txt", "*.gz"])
+        find([tmp_path], ["*.txt", "*.gz", "*.GZ"])
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is a pipe or the like: write it to a file first"):
+        find([tmp_path / "pipe"], [])
 
 
 def test_a_file_is_not_read_twice(tmp_path):
