@@ -67,8 +67,8 @@ def build(recipe: Recipe, plan: Plan, plugins: Plugins, problems: list[Problem])
     problems += settings.objections(plan, plugins, settled)
     stage = stages.Stage(plan, settled, writers, ())
     problems += map(audit.problem, audit.fields.held(stage))
-    for field, said in audit.ignored(settled, plan.slots):
-        problems.append(Problem(said, f"model.{field}", "leave it out, or change what it names"))
+    for key, said in audit.ignored(settled, plan.slots):
+        problems.append(Problem(said, key, "leave it out, or change what it names"))
     if any(problem.kind == "recipe" for problem in problems):
         return None
     return _build_stages(recipe, plan, plugins, problems)

@@ -13,7 +13,7 @@ LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 BALANCES = (*LOSSES, "sinkhorn", "quantile_balancing", "none")
 
 BY_NAME: Mapping[str, Sequence[str]] = {
-    "experts": ("moe_grouped_gemm", "use_grouped_gemm_for_shared_expert"),
+    "experts": (*("moe_grouped_gemm", "use_grouped_gemm_for_shared_expert", "moe_mlp_glu_interleave_size"),),
     "attention": (
         *("experimental_attention_variant", "qk_l2_norm"),
         *("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_topk_freq"),
@@ -40,6 +40,7 @@ NO_GRAPH = "the loop captures no CUDA graph"
 ONLY_TRAINS = "the loop only trains"
 NOT_THESE_GROUPS = "the loop makes process groups without it"
 UNREAD = "megatron-core reads it nowhere"
+NOT_OURS = "has no effect without megatron-core's own fp8"
 NOBODY: Mapping[str, Sequence[str]] = {
     UNREAD: (
         *("apply_residual_connection_post_layernorm", "moe_token_dropping", "moe_per_layer_logging"),
@@ -60,7 +61,7 @@ NOBODY: Mapping[str, Sequence[str]] = {
     ),
     NOT_THESE_GROUPS: (
         *("pipeline_model_parallel_comm_backend", "hierarchical_context_parallel_sizes"),
-        "use_te_rng_tracker",
+        *("use_te_rng_tracker", "gtp_weight_remat_size", "expert_gtp_weight_remat_size"),
     ),
     "the loop does not cut sequences over context-parallel ranks": (
         *("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
@@ -68,12 +69,33 @@ NOBODY: Mapping[str, Sequence[str]] = {
 }
 """Why -> fields that nothing here acts on, whichever plugins are chosen."""
 
+OF_FP8 = (
+    *("fp8_recipe", "fp8_margin", "fp8_interval", "fp8_amax_history_len", "fp8_amax_compute_algo"),
+    *("fp8_wgrad", "fp8_output_proj", "fp8_dot_product_attention", "fp8_multi_head_attention"),
+    *("tp_only_amax_red", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
+    *("num_layers_at_end_in_bf16", "fp4_recipe"),
+)
+"""What megatron-core's own FP8 and FP4 read, in the model's configuration; a plugin's have options."""
+OF_FP8_ELSEWHERE = {
+    "ddp": ("fp8_param_gather", "fp4_param_gather", "keep_fp8_transpose_cache"),
+    "optimizer": ("fp8_recipe",),
+}
+
 Wishes = Iterable[tuple[str, str]]
 """(field of the model's configuration, what is said of it)."""
 
 
-def ignored(settings: Settings, slots: Mapping[str, str]) -> Wishes:
-    """On any machine; `slots` is slot -> owner. Needs nothing built."""
+def ignored(settings: Settings, slots: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(key, what is said of it), on any machine; `slots` is slot -> owner. Needs nothing built."""
+    for field, said in _of_model(settings, slots):
+        yield f"model.{field}", said
+    if not (settings.model.fp8 or settings.model.fp4):
+        for section, fields in OF_FP8_ELSEWHERE.items():
+            for field, value in _changed(settings, fields, section):
+                yield f"{section}.{field}", f"{section}.{field}={value} {NOT_OURS}"
+
+
+def _of_model(settings: Settings, slots: Mapping[str, str]) -> Wishes:
     config = settings.model
     yield from _chosen_by_name(settings, slots)
     yield from _by_nobody(settings)
@@ -96,12 +118,13 @@ def _chosen_by_name(settings: Settings, slots: Mapping[str, str]) -> Wishes:
                 yield field, f"model.{field}={value} has no effect: {owner} decides in the slot {slot}"
 
 
-def _changed(settings: Settings, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _changed(settings: Settings, fields: Sequence[str], section: str = "model") -> Iterator[tuple[str, Any]]:
     """Those that somebody wrote and that differ from core's default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(settings.model)}
+    config = getattr(settings, section)
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for field in fields:
-        value = getattr(settings.model, field, None)
-        if f"model.{field}" in settings.writers and value != defaults.get(field):
+        value = getattr(config, field, None)
+        if f"{section}.{field}" in settings.writers and value != defaults.get(field):
             yield field, value
 
 
@@ -113,9 +136,9 @@ def _by_nobody(settings: Settings) -> Wishes:
     if config.embedding_init_method_std not in (None, config.init_method_std):
         said = f"model.embedding_init_method_std={config.embedding_init_method_std:g} has no effect"
         yield "embedding_init_method_std", f"{said}: {ONLY_ONE_WIDTH}"
-    if config.first_last_layers_bf16 and not (config.fp8 or config.fp4):
-        said = "model.first_last_layers_bf16=True has no effect without megatron-core's own fp8"
-        yield "first_last_layers_bf16", said
+    if not (config.fp8 or config.fp4):
+        for field, value in _changed(settings, OF_FP8):
+            yield field, f"model.{field}={value} {NOT_OURS}"
 
 
 def _balance(settings: Settings) -> Wishes:

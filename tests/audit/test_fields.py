@@ -33,6 +33,17 @@ ASKED = {
     ],
     "model.moe_token_dropping=True has no effect": ["model.moe_token_dropping=true"],
     "model.first_last_layers_bf16=True has no effect without": ["model.first_last_layers_bf16=true"],
+    "model.fp8_wgrad=False has no effect without megatron-core's own fp8": ["model.fp8_wgrad=false"],
+    "model.fp8_dot_product_attention=True has no effect without": ["model.fp8_dot_product_attention=true"],
+    "model.fp8_recipe=blockwise has no effect without": ["model.fp8_recipe=blockwise"],
+    "ddp.fp8_param_gather=True has no effect without": ["ddp.fp8_param_gather=true"],
+    "optimizer.fp8_recipe=blockwise has no effect without": ["optimizer.fp8_recipe=blockwise"],
+    "model.moe_mlp_glu_interleave_size=8 has no effect: grouped decides": [
+        "model.moe_mlp_glu_interleave_size=8"
+    ],
+    "model.gtp_weight_remat_size=2 has no effect: the loop makes process groups without it": [
+        "model.gtp_weight_remat_size=2"
+    ],
     "model.cache_mla_latents=True has no effect: the loop only trains": ["model.cache_mla_latents=true"],
     "recompute_modules=['mla_up_proj'] has no effect": ["model.recompute_modules=[mla_up_proj]"],
 }

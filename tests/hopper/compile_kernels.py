@@ -24,7 +24,7 @@ TYPES = {
 }  # fmt: skip
 FLAGS = ("POWER_OF_TWO", "HAS_PROBS", "QUANTISED", "TRANSPOSED", "WORDS", "ALIGNED")
 CHOICES = dict.fromkeys(FLAGS, (False, True)) | {"NUMBERS": (tl.bfloat16, tl.float32)}
-OUTSIDE = ("x", "inner", "weight", "dy", "dinner")
+OUTSIDE = ("x", "inner", "weight", "dy", "dinner", "y")
 """In BF16 above; in FP32 where `outside` is `fp32`."""
 OF_CODES = ("swiglu_columns_kernel", "swiglu_gradient_kernel")
 """Their `inner` is codes."""
@@ -69,16 +69,23 @@ def compiled(kernel, constants, wide, aligned):
 
 
 def forms(kernel):
-    """Every choice of constants, in BF16 with sizes of multiples of 16; the last one the other ways, too."""
+    """Every choice of constants, in BF16 with sizes of multiples of 16; the first and the last of them in the
+    other ways, too: in FP32, and with any size."""
     names = [name for name in CHOICES if name in kernel.arg_names]
-    for chosen in itertools.product(*(CHOICES[name] for name in names)):
-        constants = dict(zip(names, chosen, strict=True))
-        if "BLOCK" in kernel.arg_names:
-            constants["BLOCK"] = block(kernel.__name__, constants)
-        yield constants, False, True
-    yield constants, True, True
-    if not constants.get("WORDS") and not constants.get("ALIGNED"):
-        yield constants, False, False
+    choices = [
+        dict(zip(names, chosen, strict=True))
+        for chosen in itertools.product(*(CHOICES[name] for name in names))
+    ]
+    if "BLOCK" in kernel.arg_names:
+        choices = [chosen | {"BLOCK": block(kernel.__name__, chosen)} for chosen in choices]
+    for chosen in choices:
+        yield chosen, False, True
+    for chosen in choices[:: max(1, len(choices) - 1)]:
+        half, wide = (types(kernel.__name__, chosen, wide) for wide in (False, True))
+        if any(half.get(arg) != wide.get(arg) for arg in kernel.arg_names):
+            yield chosen, True, True
+        if not chosen.get("WORDS") and not chosen.get("ALIGNED"):
+            yield chosen, False, False
 
 
 there = {

@@ -66,7 +66,7 @@ def test_odd_numbers_anywhere(rows, columns, odd, power_of_two, tile):
         for j in range(0, columns, tile[1]):
             part, got = (t[i : i + tile[0], j : j + tile[1]] for t in (x, back))
             if not part.isfinite().all():
-                assert got.isnan().all() or not got[~part.isfinite()].isfinite().any()
+                assert got.isnan().all()
                 continue
             exact = part.double()
             bound = exact.abs() / 16 + float(exact.abs().max().clamp_min(1e-4)) / 448 * 2**-10 * 2

@@ -85,6 +85,7 @@ class TorchLocal:
             "memory_efficient_layer_norm",
             "fused_residual_rmsnorm",
             "use_te_activation_func",
+            "cpu_offloading",
         ):
             if getattr(settings.model, name):
                 yield Problem(

@@ -64,12 +64,16 @@ class Fp8Monitor:
 
     @hookimpl
     def ds_model_built(self, plan: Plan, chunks: Sequence[torch.nn.Module]) -> None:
-        """Find what there is to look at; refuse a model that quantises nothing."""
+        """Find what there is to look at, of some stages nothing; refuse a model that quantises nothing."""
+        import torch
+
         from dsplugins.plugins.event.fp8.errors import Ledger
         from dsplugins.plugins.event.fp8.names import watches
 
         self._watches = list(watches(chunks))
-        if not self._watches:
+        seen = next(iter(chunks[0].parameters())).new_tensor(len(self._watches), dtype=torch.int32)
+        torch.distributed.all_reduce(seen)
+        if not seen:
             raise RecipeError([_nothing_to_see(plan)])
         self._path = Path(plan.run.directory) / FILE
         self._ledger = Ledger()
@@ -130,6 +134,7 @@ class Fp8Monitor:
 
 
 def _nothing_to_see(plan: Plan) -> Problem:
-    said = f"fp8_monitor has nothing to look at: {plan.slots['precision']} quantises nothing"
+    owner = plan.slots["precision"]
+    said = f"fp8_monitor has nothing to look at: {owner} quantises nothing, or shows nothing of it"
     remedy = "plugins.fp8_monitor=null, or a precision plugin such as fp8_v3"
     return Problem(said, "plugins.fp8_monitor", remedy)

@@ -137,7 +137,10 @@ def _not_swiglu(config: MLATransformerConfig) -> Iterable[Problem]:
         if getattr(config, field) != neutral:
             said = f"model.{field}={getattr(config, field)} would not reach fp8_v3's MLPs"
             yield Problem(said, f"model.{field}", "leave it out")
-    for field in ("use_te_activation_func", "activation_func_fp8_input_store", "add_bias_linear"):
+    for field in (
+        *("use_te_activation_func", "activation_func_fp8_input_store", "add_bias_linear"),
+        "cpu_offloading",
+    ):
         if getattr(config, field):
             said = f"model.{field}=True would not reach fp8_v3's MLPs, which keep SwiGLU's input in FP8"
             yield Problem(said, f"model.{field}", "leave it out")

@@ -113,6 +113,30 @@ def test_every_layer_and_linear_of_all_ranks_is_told(workers, tmp_path, override
     assert first["fp8_error_at"] == f"{worst['module']} {worst['operand']}"
 
 
+def test_a_stage_without_linears_has_nothing_to_tell_and_takes_part(workers, tmp_path):
+    layout = ["plugins.mtp=null", "parallel.pipeline=2", "model.pipeline_model_parallel_layout='E|ttttL'"]
+    ranks = workers(2).run(watched, [*FP8, *layout], tmp_path, 1)
+    assert [added for added, _ in ranks] == [ranks[0][0]] * 2 and ranks[0][0][0][0]["fp8_error"] > 0
+    assert [looked for _, looked in ranks] == [[False], [True]]
+
+
+def test_nothing_is_made_ready_for_nobody_who_looks(monkeypatch):
+    from dsplugins.plugins.precision.fp8 import products, rule
+
+    def refuse(*_):
+        raise AssertionError("experts' codes were taken apart for nobody")
+
+    monkeypatch.setattr(products, "_watch", refuse)
+    mine = rule.rule_for("fc1", True, rule.Choice())
+    x, weights = torch.randn(6, 128), torch.randn(2, 64, 128)
+    codes = products.activation(x, mine)
+    products.output(codes, weights, [4, 2], mine, torch.float32)
+    products.weight_gradient(torch.randn(6, 64), codes, [4, 2], mine, torch.zeros(2, 64, 128))
+    mine.watch.look = lambda *_: None
+    with pytest.raises(AssertionError, match="for nobody"):
+        products.output(codes, weights, [4, 2], mine, torch.float32)
+
+
 def test_other_steps_are_left_alone(workers, tmp_path):
     for added, looked in workers(2).run(watched, FP8, tmp_path, 4):
         assert looked == [True, False, True, False]
@@ -141,7 +165,7 @@ def refused(overrides):
 
 def test_a_run_that_quantises_nothing_is_refused(workers):
     ((key, said),) = workers(1).run(refused, ["plugins.fp8_monitor={}"])[0]
-    assert key == "plugins.fp8_monitor" and "fp32 quantises nothing" in said
+    assert key == "plugins.fp8_monitor" and "fp32 quantises nothing, or shows nothing of it" in said
 
 
 def test_check_tells_it_without_a_run():

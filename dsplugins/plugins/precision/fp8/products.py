@@ -53,7 +53,8 @@ def output(x: Quantised, weight: torch.Tensor, splits: Sequence[int], rule: Rule
     if "fprop" not in rule.products:
         return rule.arithmetic.product(x, unrounded(stack, SQUARE), splits, dtype)
     codes = weight_codes.of(weight, stack, rule)
-    _watch(rule, "fprop.w", stack.unbind(), codes.unbind())
+    if rule.watch.look is not None:
+        _watch(rule, "fprop.w", stack.unbind(), codes.unbind())
     return rule.arithmetic.product(x, codes, splits, dtype)
 
 
@@ -121,6 +122,5 @@ def _unrounded_runs(x: Operand, splits: Sequence[int]) -> list[Quantised]:
 
 
 def _watch(rule: Rule, operand: str, values: Iterable[torch.Tensor], made: Sequence[Quantised]) -> None:
-    if rule.watch.look is not None:
-        for one, codes in zip(values, made, strict=True):
-            rule.watch.saw(operand, one, codes)
+    for one, codes in zip(values, made, strict=True):
+        rule.watch.saw(operand, one, codes)

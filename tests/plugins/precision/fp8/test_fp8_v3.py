@@ -154,8 +154,8 @@ def test_recomputing_norms_changes_no_bit(workers):
     assert [row["grad_norm"] for row in again["rows"]] == [row["grad_norm"] for row in plain["rows"]]
 
 
-def sharded(seed, tensor, sequence_parallel):
-    """[up, down] and gradients of a column- and a row-parallel linear in turn, gathered; FP32 carriers."""
+def sharded(seed, tensor, sequence_parallel, width=256, inner=512, names=("fc1", "fc2")):
+    """[y, dx, dup, ddown] of a column- and a row-parallel linear in turn, gathered; FP32 carriers."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -167,7 +167,7 @@ def sharded(seed, tensor, sequence_parallel):
 
     with model_parallel(tensor=tensor):
         config = MLATransformerConfig(
-            num_layers=1, hidden_size=256, num_attention_heads=2, params_dtype=torch.float32,
+            num_layers=1, hidden_size=width, num_attention_heads=2, params_dtype=torch.float32,
             tensor_model_parallel_size=tensor, sequence_parallel=sequence_parallel,
             use_cpu_initialization=True,
         )  # fmt: skip
@@ -178,15 +178,11 @@ def sharded(seed, tensor, sequence_parallel):
             "bias": False,
             "skip_bias_add": False,
         }
-        up = column(256, 512, gather_output=False, tp_comm_buffer_name="fc1", **common)
-        down = row(512, 256, input_is_parallel=True, tp_comm_buffer_name="fc2", **common)
+        up = column(width, inner, gather_output=False, tp_comm_buffer_name=names[0], **common)
+        down = row(inner, width, input_is_parallel=True, tp_comm_buffer_name=names[1], **common)
         group, rank = parallel_state.get_tensor_model_parallel_group(), dist.get_rank()
         rank = rank % tensor
-        generator = torch.Generator().manual_seed(seed)
-        first, second = (
-            torch.randn(*shape, generator=generator) * 0.05 for shape in ((512, 256), (256, 512))
-        )
-        x, dy = (torch.randn(64, 2, 256, generator=generator) for _ in range(2))
+        first, second, x, dy = given(seed, width, inner)
         with torch.no_grad():
             up.weight.copy_(first.chunk(tensor, 0)[rank])
             down.weight.copy_(second.chunk(tensor, 1)[rank])
@@ -205,6 +201,45 @@ def sharded(seed, tensor, sequence_parallel):
         rows = 0 if sequence_parallel else None
         found = (y, rows), (leaf.grad, rows), (up.weight.grad, 0), (down.weight.grad, 1)
         return [whole(value.detach(), dim).numpy() for value, dim in found]
+
+
+def given(seed, width, inner):
+    """Weights of both, input and gradient of the output."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.randn(*shape, generator=generator) * 0.05 for shape in ((inner, width), (width, inner)))
+    return (*weights, *(torch.randn(64, 2, width, generator=generator) for _ in range(2)))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_ragged_parts_are_the_reports_procedure_for_each_part(workers, sequence_parallel):
+    """Neither matrix has a multiple of 128 in any direction, nor has a rank's part. The second linear is the
+    one after attention, which keeps its input in E5M6."""
+    import numpy as np
+    import report_fp8
+
+    width, inner = 200, 330
+    first, second, *tensors = given(0, width, inner)
+    x, dy = (tensor.reshape(-1, width).numpy() for tensor in tensors)
+    outputs, inputs, ups, downs = [], [], [], []
+    for up, down in zip(first.chunk(2, 0), second.chunk(2, 1), strict=True):
+        hidden, *_ = report_fp8.linear(x, up.numpy(), np.zeros((len(x), inner // 2)))
+        hidden = hidden.astype(np.float32)
+        y, dhidden, ddown = report_fp8.linear(hidden, down.numpy(), dy, input_po2=True, attention_output=True)
+        _, dx, dup = report_fp8.linear(x, up.numpy(), dhidden.astype(np.float32))
+        for parts, part in zip((outputs, inputs, ups, downs), (y, dx, dup, ddown), strict=True):
+            parts.append(part)
+    shape = (64, 2, width)
+    expected = (
+        sum(outputs).reshape(shape),
+        sum(inputs).reshape(shape),
+        np.concatenate(ups),
+        np.hstack(downs),
+    )
+    for found in workers(2).run(sharded, 0, 2, sequence_parallel, width, inner, ("fc1", "proj")):
+        for got, wanted in zip(found, expected, strict=True):
+            assert report_fp8.difference(got, wanted) < 1e-9
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -230,6 +265,9 @@ CUTS = {
     "tp2": (2, ["parallel.tensor=2", *SEQUENTIAL]),
     "tp2_ep2": (2, ["parallel.tensor=2", "parallel.expert=2"]),
     "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "tp2_ep2, sent in FP8": (
+        *(2, ["parallel.tensor=2", "parallel.expert=2", "plugins.alltoall=null", "plugins.fp8_alltoall={}"]),
+    ),
 }
 
 
@@ -278,25 +316,52 @@ def test_checkpoints_hold_what_those_of_bf16_do(workers):
     assert workers(1).run(kept, FP8)[0] == expected and any("exp_avg" in name for name, *_ in expected)
 
 
+def loaded(folder, overrides):
+    """Digest of each piece of state that a fresh model has from a checkpoint."""
+    import hashlib
+    from pathlib import Path
+
+    import torch
+    import torch.distributed as dist
+    from runs import assembled
+
+    from dsplugins.checkpoint import store
+    from dsplugins.checkpoint.pieces import pieces
+
+    with assembled([*overrides, "model.init_method_std=0.2"]) as run:
+        held = pieces(run.chunks, run.optimizer)
+        store.load(store.finished(Path(folder))[0], held, dist.group.WORLD)
+        content = {piece.name: piece.data.contiguous().view(torch.uint8).numpy() for piece in held}
+        return {name: hashlib.sha256(each).hexdigest() for name, each in content.items()}
+
+
 def test_a_checkpoint_of_bf16_goes_on_in_fp8_and_back(workers, tmp_path):
     from checkpoint.test_state import continued, saved
 
-    half = ["plugins.fp32=null", "plugins.bf16={}"]
+    half = ["plugins.fp32=null", "plugins.bf16={}", "ddp.grad_reduce_in_fp32=true"]
     for name, before, after in (("up", half, FP8), ("down", FP8, half)):
         folder = str(tmp_path / name)
         (kept,) = workers(1).run(saved, folder, before, 2)[0]
+        assert workers(1).run(loaded, folder, after) == workers(1).run(loaded, folder, before)
         (on,) = workers(1).run(continued, folder, after, 2)[0]
         assert on[0] == pytest.approx(kept[0], rel=5e-3) and on[0] != kept[0]
 
 
-KEPT = ["plugins.fp8_v3.keep_weights=true"]
+GOES_ON = {
+    "grouped": ["parallel.expert=2"],
+    "in turn": ["parallel.expert=2", *SEQUENTIAL],
+    "weights kept": ["parallel.expert=2", "plugins.fp8_v3.keep_weights=true"],
+    "sent in FP8": ["parallel.expert=2", "plugins.alltoall=null", "plugins.fp8_alltoall={}"],
+    "TP2, recomputed": ["parallel.tensor=2", "plugins.v3_recompute={}"],
+    "PP2": ["parallel.pipeline=2"],
+}
 
 
-@pytest.mark.parametrize("more", [[], SEQUENTIAL, KEPT], ids=["grouped", "in turn", "kept"])
-def test_goes_on_bit_for_bit(workers, tmp_path, more):
+@pytest.mark.parametrize("way", GOES_ON)
+def test_goes_on_bit_for_bit(workers, tmp_path, way):
     from checkpoint.test_state import continued, saved
 
-    changes = [*FP8, "parallel.expert=2", *more]
+    changes = [*FP8, *GOES_ON[way]]
     expected = workers(2).run(saved, str(tmp_path), changes, 2)
     assert workers(2).run(continued, str(tmp_path), changes, 2) == expected
 

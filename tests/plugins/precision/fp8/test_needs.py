@@ -38,6 +38,7 @@ def test_v3_fits():
     [
         ({"platform": "cpu"}, "fp8_v3's backend torch needs CUDA, but the platform is cpu"),
         ({"hidden_size": 7176}, "takes widths of multiples of 16, but model.hidden_size is 7176"),
+        ({"q_lora_rank": 8}, "takes widths of multiples of 16, but model.q_lora_rank is 8"),
         ({"moe_ffn_hidden_size": 40, "layout": Layout(4, expert_tensor=2)},
          "takes widths of multiples of 16, but a rank's model.moe_ffn_hidden_size is 20"),
         ({"qk_pos_emb_head_dim": 8, "num_attention_heads": 2},
