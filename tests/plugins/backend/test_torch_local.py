@@ -34,6 +34,7 @@ SOUND = {
     **dict(attention_dropout=0.0, context_parallel_size=1, window_size=None, softmax_type="vanilla"),
     **dict(apply_query_key_layer_scaling=False, normalization="RMSNorm", layernorm_zero_centered_gamma=False),
     **dict(memory_efficient_layer_norm=False, fused_residual_rmsnorm=False, use_te_activation_func=False),
+    **dict(cpu_offloading=False),
     **dict(recompute_granularity=None, recompute_modules=["core_attn"]),
 }
 

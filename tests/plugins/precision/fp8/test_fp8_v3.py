@@ -405,7 +405,7 @@ def said(**changed):
     from dsplugins.plugins.precision.fp8_v3 import Fp8V3, Fp8V3Options
 
     dense = {"num_moe_experts": None, "gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
-    off = ("use_te_activation_func", "activation_func_fp8_input_store", "add_bias_linear")
+    off = ("use_te_activation_func", "activation_func_fp8_input_store", "add_bias_linear", "cpu_offloading")
     neutral = {"activation_func_clamp_value": None, "glu_linear_offset": 0.0, "delay_wgrad_compute": False}
     model = SimpleNamespace(**{**dense, **dict.fromkeys(off, False), **neutral, **changed})
     plan = SimpleNamespace(slots={"backend": "te"})
