@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -103,6 +104,7 @@ def command(
     click.echo(
         f"nodes: {nodes}, ranks on each: {work.processes}; run directory: {work.run_directory}", err=True
     )
+    _tell_recipe(recipe, work)
     _tell_data(plugins)
     _tell_environment(plugins)
     if dry_run or target == "torchrun":
@@ -145,6 +147,13 @@ def _refuse_changes(recipe: Recipe, plugins: Plugins, work: Job) -> None:
         differences = [each for each in differences if not each.is_another_version()]
     if differences:
         raise RecipeError(recipe.located(changes.problems(run.path, differences, INSTEAD)))
+
+
+def _tell_recipe(recipe: str, work: Job) -> None:
+    """Where a container looks for a recipe that doesn't come with dsplugins: it may not be there."""
+    if work.cluster.image and Path(recipe).is_file():
+        inside = normpath(PurePosixPath(work.folder, recipe))
+        click.echo(f"recipe: the container has to have {inside}, and what it extends", err=True)
 
 
 def _tell_data(plugins: Plugins) -> None:

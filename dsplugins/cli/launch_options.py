@@ -20,6 +20,8 @@ READ_BY = {
 }
 """Option -> targets that have a use for it."""
 UNLIMITED = ("UNLIMITED", "INFINITE")
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+"""A name as Kubernetes takes it (RFC 1123), up to 63 characters; a claim's is one or more, with dots."""
 LONGEST_GRACE = 65535
 """Seconds; Slurm takes no more in --signal."""
 
@@ -42,14 +44,25 @@ def _unfit(target: str, given: Mapping[str, Any]) -> Iterator[str]:
     if target == "slurm":
         yield from _slurm(given)
     if target == "kubernetes":
-        claim, _, folder = given["shared"].rpartition(":")
-        if not (given["image"] and claim and folder):
-            yield (
-                "kubernetes needs --image, which has dsplugins in it, and --shared CLAIM:FOLDER: a volume "
-                "claim that all pods can write to, and the folder where they see it"
-            )
-        elif not folder.startswith("/"):
-            yield f"--shared {given['shared']}: {folder} is relative, and mounts are not: name it from / on"
+        yield from _kubernetes(given)
+
+
+def _kubernetes(given: Mapping[str, Any]) -> Iterator[str]:
+    claim, _, folder = given["shared"].rpartition(":")
+    if not (given["image"] and claim and folder):
+        yield (
+            "kubernetes needs --image, which has dsplugins in it, and --shared CLAIM:FOLDER: a volume "
+            "claim that all pods can write to, and the folder where they see it"
+        )
+        return
+    if not folder.startswith("/"):
+        yield f"--shared {given['shared']}: {folder} is relative, and mounts are not: name it from / on"
+    named = {f"--shared {given['shared']}": claim.split("."), "--namespace": [given["namespace"]]}
+    for option, labels in named.items():
+        for label in filter(None, labels):
+            if not LABEL.fullmatch(label) or len(label) > 63:
+                said = f"{option}: {label} is no name of Kubernetes'"
+                yield f"{said}, which has small letters, digits and inner hyphens, 63 at most"
 
 
 def _slurm(given: Mapping[str, Any]) -> Iterator[str]:

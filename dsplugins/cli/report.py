@@ -32,5 +32,5 @@ def command(run: Path, out: Path | None) -> None:
     try:
         target.write_text(page(facts), encoding="utf-8")
     except OSError as error:
-        raise EnvironmentUnfit(f"{target} can't be written: {error.strerror}") from error
+        raise EnvironmentUnfit(f"{target} can't be written: {error.strerror}; name another --out") from error
     click.echo(f"wrote {target}")

@@ -107,6 +107,19 @@ def test_another_recipe_over_a_run_is_refused_before_it_waits_in_the_queue(run):
     assert Path("called").exists()
 
 
+@pytest.mark.parametrize("target", [KUBERNETES, ["--on", "slurm", "--image", "a", "--shared", "/data"]])
+def test_where_a_container_looks_for_the_recipe_is_told(tmp_path, monkeypatch, target):
+    """One that comes with dsplugins is wherever that is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", "../mine.yaml"):
+        Path(name).write_text(f"extends: [{TINY}]\n")
+        done = CliRunner().invoke(launch.command, [name, *FOUR, "--nodes", "2", *target, "--dry-run"])
+        inside = {"mine.yaml": "/data/mine.yaml", "../mine.yaml": "/mine.yaml"}[name]
+        assert f"recipe: the container has to have {inside}, and what it extends\n" in done.stderr
+    shipped = ["deepseek_v3/tiny_cpu.yaml", "--nodes", "1", *target, "--dry-run"]
+    assert "recipe:" not in CliRunner().invoke(launch.command, shipped, catch_exceptions=False).stderr
+
+
 @pytest.mark.parametrize("target", ["slurm", "torchrun"])
 def test_a_run_that_goes_on_as_it_was_is_written(run, target):
     begun("runs/tiny")
@@ -212,6 +225,9 @@ def test_a_recipe_that_does_not_fit_is_refused(run, arguments, said):
         (["--on", "slurm", "--by", "jobset"], "--by jobset is no way to start on slurm: torchrun or srun"),
         (["--on", "torchrun", "--by", "srun"], "--by srun is no way to start on torchrun: leave out --by"),
         (["--on", "kubernetes", "--image", "a"], "--shared CLAIM:FOLDER"),
+        ([*KUBERNETES[:-1], "C_LAIM:/data"], "C_LAIM is no name of Kubernetes', which has small letters"),
+        ([*KUBERNETES[:-1], f"a.{'b' * 64}:/data"], f"{'b' * 64} is no name of Kubernetes'"),
+        ([*KUBERNETES, "--namespace", "team.a"], "--namespace: team.a is no name of Kubernetes'"),
         ([*KUBERNETES[:-1], "claim:data"], "data is relative, and mounts are not: name it from /"),
         ([*KUBERNETES, "--time", "1:00:00"], "--time means nothing on kubernetes, only on slurm"),
         ([*KUBERNETES, "--partition", "big"], "--partition means nothing on kubernetes, only on slurm"),
