@@ -52,40 +52,41 @@ def test_checkpoints_are_there_and_the_old_ones_gone(whole):
     assert found == ["step-00000009", "step-00000012"]
 
 
-def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(whole):
-    folder, expected = whole
-    process = start(folder, "asked")
-    wait_for_step(folder, "asked", 4, process)
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1], ids=lambda asked: asked.name)
+def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(whole, asked):
+    (folder, expected), name = whole, f"asked_{asked.name}"
+    process = start(folder, name)
+    wait_for_step(folder, name, 4, process)
+    process.send_signal(asked)
     code, said = finish(process)
     assert code == 75, said
-    stopped = status(folder, "asked")
-    assert (
-        stopped["code"] == 75 and "SIGTERM" in stopped["reason"] and "checkpoints/step-" in stopped["reason"]
-    )
-    done = len(rows(folder, "asked"))
+    stopped = status(folder, name)
+    assert stopped["code"] == 75 and asked.name in stopped["reason"]
+    assert "checkpoints/step-" in stopped["reason"]
+    done = len(rows(folder, name))
     assert done < len(expected), "it was stopped too late to show anything"
-    code, said = finish(start(folder, "asked"))
-    assert code == 0 and f"resumed from asked/checkpoints/step-{done:08d}" in said, said
-    assert rows(folder, "asked") == expected
-    assert status(folder, "asked")["code"] == 0
+    code, said = finish(start(folder, name))
+    assert code == 0 and f"resumed from {name}/checkpoints/step-{done:08d}" in said, said
+    assert rows(folder, name) == expected
+    assert status(folder, name)["code"] == 0
 
 
-def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_only(whole):
-    folder, expected = whole
-    process = start(folder, "killed")
-    wait_for_step(folder, "killed", 5, process)
-    wait_for_checkpoint(folder, "killed", process)
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+@pytest.mark.parametrize("rank", [0, -1], ids=["the first", "the last"])
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_only(whole, rank):
+    (folder, expected), name = whole, f"killed_{rank}"
+    process = start(folder, name)
+    wait_for_step(folder, name, 5, process)
+    wait_for_checkpoint(folder, name, process)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
     code, said = finish(process)
     assert code == 128 + signal.SIGKILL or code == 1, said
-    assert "SIGKILL" in status(folder, "killed")["reason"]
+    assert "SIGKILL" in status(folder, name)["reason"]
     # A line that was being written when the machine went down.
-    with (folder / "killed" / "metrics.jsonl").open("a") as file:
+    with (folder / name / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "loss"')
-    code, said = finish(start(folder, "killed"))
-    assert code == 0 and "resumed from killed/checkpoints/step-" in said, said
-    assert rows(folder, "killed") == expected
+    code, said = finish(start(folder, name))
+    assert code == 0 and f"resumed from {name}/checkpoints/step-" in said, said
+    assert rows(folder, name) == expected
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole):

@@ -135,6 +135,50 @@ def test_any_layout_goes_on_in_any_other(workers, tmp_path, source, target):
         assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
 
 
+COMBINED = {
+    "tp2_pp2": ["parallel.tensor=2", "parallel.pipeline=2"],
+    "ep2_pp2_vpp2": ["parallel.expert=2", *LAYOUTS["pp2_vpp2"][1], *FOUR],
+    "tp2_ep2": ["parallel.tensor=2", "parallel.expert=2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("tp2_pp2", "ep2_pp2_vpp2"), ("ep2_pp2_vpp2", "tp2_ep2"), ("tp2_ep2", "tp2_pp2")],
+)
+def test_combined_layouts_go_on_in_others(workers, tmp_path, source, target):
+    (expected,) = workers(4).run(saved, str(tmp_path), COMBINED[source], 2)[0]
+    for (found,) in workers(4).run(continued, str(tmp_path), COMBINED[target], 2):
+        assert found[3] == expected[3]
+        assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
+
+
+def stopped_everywhere(folder, steps):
+    """Of each step that a run may stop after: whether what follows its checkpoint is what followed it."""
+    import torch.distributed as dist
+    from runs import assembled
+
+    from dsplugins.checkpoint import store
+    from dsplugins.checkpoint.pieces import pieces
+    from dsplugins.step import Progress
+
+    with assembled(["train.steps=9"]) as run:
+        progress, whole = Progress(), []
+        for step in range(1, steps + 1):
+            whole += taken(run, progress, 1)
+            progress = Progress(step, step * 8, step * 8 * 32)
+            held = pieces(run.chunks, run.optimizer)
+            store.save(Path(folder) / str(step), step, held, {}, dist.group.WORLD)
+    return [
+        continued(Path(folder) / str(step), [], step, steps - step) == whole[step:]
+        for step in range(1, steps)
+    ]
+
+
+def test_a_run_goes_on_bit_for_bit_from_any_of_its_steps(workers, tmp_path):
+    assert workers(1).run(stopped_everywhere, str(tmp_path), 6) == [[True] * 5]
+
+
 def test_other_moments_are_refused_by_name(workers, of_one):
     with pytest.raises(
         JobFailed, match="optimizer/exp_avg/.* is torch.float32 there and torch.bfloat16 here"
