@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from dsplugins.checkpoint.pieces import Piece
 def lacking(partial: Path, rank: int, held: Sequence[Piece]) -> str:
     """Why this rank's share has no room; empty where it has, or nothing of it is left to be written.
 
-    What is still to be written is asked for, and given back, in the folder where it was being written.
+    What is still to be written is asked for, and given back, in the folder where it was being written; macOS
+    has no call for that.
     """
+    if sys.platform == "darwin":
+        return ""
     written = sum(file.stat().st_size for file in partial.glob(f"__{rank}_*"))
     left = sum(piece.data.nbytes for piece in held if piece.main) - written
     if left <= 0:
