@@ -143,7 +143,7 @@ def test_what_a_smaller_model_leaves_behind_is_told(whole):
 
 def test_diff_tells_two_runs_apart(whole):
     folder, _ = whole
-    line = [sys.executable, "-m", "dsplugins", "diff", "whole", "asked"]
+    line = [sys.executable, "-m", "dsplugins", "diff", "whole", "asked_SIGTERM"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     *now, noted = sorted(done.stdout.splitlines(), key=lambda line: line.startswith("changed"))
