@@ -13,7 +13,7 @@ LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 BALANCES = (*LOSSES, "sinkhorn", "quantile_balancing", "none")
 
 BY_NAME: Mapping[str, Sequence[str]] = {
-    "experts": (*("moe_grouped_gemm", "use_grouped_gemm_for_shared_expert", "moe_mlp_glu_interleave_size"),),
+    "experts": ("moe_grouped_gemm", "use_grouped_gemm_for_shared_expert", "moe_mlp_glu_interleave_size"),
     "attention": (
         *("experimental_attention_variant", "qk_l2_norm"),
         *("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_topk_freq"),
@@ -40,7 +40,6 @@ NO_GRAPH = "the loop captures no CUDA graph"
 ONLY_TRAINS = "the loop only trains"
 NOT_THESE_GROUPS = "the loop makes process groups without it"
 UNREAD = "megatron-core reads it nowhere"
-NOT_OURS = "has no effect without megatron-core's own fp8"
 NOBODY: Mapping[str, Sequence[str]] = {
     UNREAD: (
         *("apply_residual_connection_post_layernorm", "moe_token_dropping", "moe_per_layer_logging"),
@@ -69,17 +68,17 @@ NOBODY: Mapping[str, Sequence[str]] = {
 }
 """Why -> fields that nothing here acts on, whichever plugins are chosen."""
 
-OF_FP8 = (
-    *("fp8_recipe", "fp8_margin", "fp8_interval", "fp8_amax_history_len", "fp8_amax_compute_algo"),
-    *("fp8_wgrad", "fp8_output_proj", "fp8_dot_product_attention", "fp8_multi_head_attention"),
-    *("tp_only_amax_red", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
-    *("num_layers_at_end_in_bf16", "fp4_recipe"),
-)
-"""What megatron-core's own FP8 and FP4 read, in the model's configuration; a plugin's have options."""
-OF_FP8_ELSEWHERE = {
+OF_FP8: Mapping[str, Sequence[str]] = {
+    "model": (
+        *("fp8_recipe", "fp8_margin", "fp8_interval", "fp8_amax_history_len", "fp8_amax_compute_algo"),
+        *("fp8_wgrad", "fp8_output_proj", "fp8_dot_product_attention", "fp8_multi_head_attention"),
+        *("tp_only_amax_red", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
+        *("num_layers_at_end_in_bf16", "fp4_recipe"),
+    ),
     "ddp": ("fp8_param_gather", "fp4_param_gather", "keep_fp8_transpose_cache"),
     "optimizer": ("fp8_recipe",),
 }
+"""Section -> what only megatron-core's own FP8 and FP4 read; a plugin's have options."""
 
 Wishes = Iterable[tuple[str, str]]
 """(field of the model's configuration, what is said of it)."""
@@ -90,9 +89,10 @@ def ignored(settings: Settings, slots: Mapping[str, str]) -> Iterator[tuple[str,
     for field, said in _of_model(settings, slots):
         yield f"model.{field}", said
     if not (settings.model.fp8 or settings.model.fp4):
-        for section, fields in OF_FP8_ELSEWHERE.items():
+        for section, fields in OF_FP8.items():
             for field, value in _changed(settings, fields, section):
-                yield f"{section}.{field}", f"{section}.{field}={value} {NOT_OURS}"
+                said = f"{section}.{field}={value} has no effect without megatron-core's own fp8"
+                yield f"{section}.{field}", said
 
 
 def _of_model(settings: Settings, slots: Mapping[str, str]) -> Wishes:
@@ -136,9 +136,6 @@ def _by_nobody(settings: Settings) -> Wishes:
     if config.embedding_init_method_std not in (None, config.init_method_std):
         said = f"model.embedding_init_method_std={config.embedding_init_method_std:g} has no effect"
         yield "embedding_init_method_std", f"{said}: {ONLY_ONE_WIDTH}"
-    if not (config.fp8 or config.fp4):
-        for field, value in _changed(settings, OF_FP8):
-            yield field, f"model.{field}={value} {NOT_OURS}"
 
 
 def _balance(settings: Settings) -> Wishes:
