@@ -17,6 +17,8 @@ MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INFINITY = tl.constexpr(0x7F800000)
 MANTISSA = tl.constexpr(0x7FFFFF)
 MANTISSA_BITS = tl.constexpr(23)
+OPPOSITE = tl.constexpr(0x7F000000)
+"""What the bits of a power of two and those of its inverse add up to."""
 
 
 @triton.jit
@@ -42,13 +44,23 @@ def scale_of(
 
 
 @triton.jit
+def inverse(scale: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
+    """1 / scale, rounded once; that of a power of two is found among integers, as the opposite exponent."""
+    if not POWER_OF_TWO:
+        return tl.div_rn(1.0, scale)
+    bits = scale.to(tl.int32, bitcast=True)
+    beyond = tl.where(bits == INFINITY, 0, bits)
+    return tl.where(bits < INFINITY, OPPOSITE - bits, beyond).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def coded(values: tl.tensor, scale: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
     """float32 values / scale as E4M3, rounded as a division is.
 
     By a power of two that is a product with the reciprocal. Else the product's remainder is added once, which
     makes it the division's result (Markstein, IBM J. Res. Dev. 34, 1990); an infinite scale leaves none.
     """
-    reciprocal = tl.div_rn(1.0, scale)
+    reciprocal = inverse(scale, POWER_OF_TWO)
     quotient = values * reciprocal
     if not POWER_OF_TWO:
         divisor = tl.where(reciprocal == 0.0, 0.0, -scale)
@@ -57,14 +69,20 @@ def coded(values: tl.tensor, scale: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl
 
 
 @triton.jit
+def along_rows(channels: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """This program's block of tokens, and its tile of channels: programs go along rows, as memory does."""
+    across = tl.cdiv(channels, TILE)
+    return tl.program_id(0) // across, tl.program_id(0) % across
+
+
+@triton.jit
 def program_tiles(
-    tokens: tl.tensor, channels: tl.tensor, BLOCK: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """This program's BLOCK tiles of a matrix [tokens, channels]: their tokens, the tile's number in each row,
-    where its numbers lie, and which of them are there.
+    block: tl.tensor, tile: tl.tensor, tokens: tl.tensor, channels: tl.tensor, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """BLOCK tiles of a matrix [tokens, channels], each number `tile` of its row: their tokens, where their
+    numbers lie, and which of them are there.
     """
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tile = tl.program_id(1)
+    token = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tile * TILE + tl.arange(0, TILE)
     inside = (token[:, None] < tokens) & (channel[None, :] < channels)
-    return token, tile, token[:, None] * channels + channel[None, :], inside
+    return token, token[:, None] * channels + channel[None, :], inside

@@ -33,8 +33,8 @@ ANY_SIZE = ("smallest", "width")
 
 
 def block(name, constants):
-    of_codes = name in OF_CODES or constants.get("QUANTISED")
-    channels = casts.OF_CODES if of_codes else casts.CHANNELS
+    channels = casts.OF_CODES if constants.get("QUANTISED") else casts.CHANNELS
+    channels = casts.SWIGLU if name in OF_CODES else channels
     return channels if "columns" in name else casts.TOKENS.get(name, payload_casts.TOKENS)
 
 

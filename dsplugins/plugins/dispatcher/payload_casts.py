@@ -21,7 +21,7 @@ def pack(rows: torch.Tensor, smallest: float) -> torch.Tensor:
     packed = torch.empty(tokens, channels + tiles, dtype=torch.uint8, device=rows.device)
     if packed.numel():
         width, aligned = _width(packed)
-        payload_kernels.pack_kernel[(triton.cdiv(tokens, TOKENS), tiles)](
+        payload_kernels.pack_kernel[(triton.cdiv(tokens, TOKENS) * tiles,)](
             rows, packed, tokens, channels, width, bits_of(smallest), aligned, TOKENS
         )
     return packed
@@ -33,7 +33,7 @@ def unpack(packed: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Ten
     rows = torch.empty(tokens, channels, dtype=dtype, device=packed.device)
     if rows.numel():
         width, aligned = _width(packed)
-        payload_kernels.unpack_kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(channels, TILE))](
+        payload_kernels.unpack_kernel[(triton.cdiv(tokens, TOKENS) * triton.cdiv(channels, TILE),)](
             packed, rows, tokens, channels, width, aligned, TOKENS
         )
     return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsplugins.numerics.tile_kernels import TILE, coded, magnitude, program_tiles, scale_of
+from dsplugins.numerics.tile_kernels import TILE, along_rows, coded, magnitude, program_tiles, scale_of
 
 EXPONENT = tl.constexpr(23)
 """Where a float32 has its exponent, which is all that a power of two has: a byte of E8M0."""
@@ -37,7 +37,8 @@ def pack_kernel(
     """x [tokens, channels] -> bytes [tokens, width]: codes, then an exponent for each tile. A program: BLOCK
     tiles.
     """
-    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
+    block, tile = along_rows(channels)
+    token, at, inside = program_tiles(block, tile, tokens, channels, BLOCK)
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(magnitude(values), axis=1), smallest, True)
     codes = coded(values, scale[:, None], True).to(tl.uint8, bitcast=True)
@@ -59,7 +60,8 @@ def unpack_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """The way back of `pack_kernel`, into y [tokens, channels]: codes times scales, in the format of y."""
-    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
+    block, tile = along_rows(channels)
+    token, at, inside = program_tiles(block, tile, tokens, channels, BLOCK)
     row = packed + row_starts(token, width, ALIGNED)
     channel = tile * TILE + tl.arange(0, TILE)
     codes = tl.load(row[:, None] + channel[None, :], mask=inside, other=0)

@@ -23,9 +23,9 @@ TOKENS: Mapping[str, int] = {
     "e5m6_unpack_kernel": 8,
 }
 """Tiles of 1 x 128 that one program makes: on an H200 each is fastest so."""
-CHANNELS, OF_CODES = 64, 32
-"""Channels of 128 tokens that one program of the column kernels makes; from codes."""
-WARPS: Mapping[str, int] = {"blocks_kernel": 8, "e5m6_pack_kernel": 1}
+CHANNELS, OF_CODES, SWIGLU = 64, 128, 32
+"""Channels of 128 tokens that one program of the column kernels makes; from codes; by way of SwiGLU."""
+WARPS: Mapping[str, int] = {"blocks_kernel": 8, "e5m6_pack_kernel": 1, "e5m6_unpack_kernel": 2}
 """Of a program; 4 elsewhere."""
 
 NUMBERS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -43,7 +43,7 @@ class TritonCasts:
         x = x.contiguous()
         codes, scales = _row_outputs(x.shape[0], x.shape[1], x.device)
         block = TOKENS["rows_kernel"]
-        grid = (triton.cdiv(x.shape[0], block), scales.shape[0])
+        grid = (triton.cdiv(x.shape[0], block) * scales.shape[0],)
         if x.numel():
             kernels.rows_kernel[grid](x, codes, scales, *x.shape, bits_of(smallest), power_of_two, block)
         return Quantised(codes, scales.t(), ROW)
@@ -53,7 +53,7 @@ class TritonCasts:
         inner, (tokens, width) = inner.contiguous(), (inner.shape[0], inner.shape[1] // 2)
         codes, scales = _row_outputs(tokens, width, inner.device)
         block = TOKENS["swiglu_rows_kernel"]
-        grid = (triton.cdiv(tokens, block), scales.shape[0])
+        grid = (triton.cdiv(tokens, block) * scales.shape[0],)
         if inner.numel():
             given = inner if probs is None else probs.contiguous()
             swiglu_kernels.swiglu_rows_kernel[grid](
@@ -77,7 +77,7 @@ class TritonCasts:
         quantised = isinstance(x, Quantised)
         block = OF_CODES if quantised else CHANNELS
         if len(table):
-            kernels.columns_kernel[(len(table), triton.cdiv(channels, block))](
+            kernels.columns_kernel[(len(table) * triton.cdiv(channels, block),)](
                 values, scales_in, codes.view(torch.int32), scales, table, channels,
                 *scales_in.stride(), bits_of(smallest), quantised, power_of_two, block,
             )  # fmt: skip
@@ -92,10 +92,10 @@ class TritonCasts:
         table, codes, scales = _column_outputs(splits, channels, codes_in.device)
         if len(table):
             probs = scales_in if kept.probs is None else kept.probs.contiguous()
-            swiglu_kernels.swiglu_columns_kernel[(len(table), triton.cdiv(channels, OF_CODES))](
+            swiglu_kernels.swiglu_columns_kernel[(len(table) * triton.cdiv(channels, SWIGLU),)](
                 codes_in, scales_in, probs, codes.view(torch.int32), scales, table, channels,
                 *scales_in.stride(), bits_of(SMALLEST_AMAX), kept.probs is not None, NUMBERS[kept.dtype],
-                power_of_two, OF_CODES,
+                power_of_two, SWIGLU,
             )  # fmt: skip
         return Columns(codes, scales, splits)
 
@@ -111,7 +111,7 @@ class TritonCasts:
         block = TOKENS["swiglu_gradient_kernel"]
         if tokens:
             probs = scales if kept.probs is None else kept.probs.contiguous()
-            swiglu_kernels.swiglu_gradient_kernel[(triton.cdiv(tokens, block), channels // TILE)](
+            swiglu_kernels.swiglu_gradient_kernel[(triton.cdiv(tokens, block) * (channels // TILE),)](
                 codes, scales, probs, dy, dinner, shares, tokens, channels, *scales.stride(),
                 kept.probs is not None, block,
             )  # fmt: skip
@@ -153,9 +153,10 @@ class TritonCasts:
         block = TOKENS["e5m6_unpack_kernel"]
         if y.numel():
             given, words = _words(source, channels)
-            e5m6_kernels.e5m6_unpack_kernel[(triton.cdiv(tokens, block), packed.scales.shape[1])](
-                given, packed.scales, y, tokens, channels, *packed.scales.stride(), words, block
-            )
+            e5m6_kernels.e5m6_unpack_kernel[(triton.cdiv(tokens, block) * packed.scales.shape[1],)](
+                given, packed.scales, y, tokens, channels, *packed.scales.stride(), words, block,
+                num_warps=WARPS["e5m6_unpack_kernel"],
+            )  # fmt: skip
         return y
 
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsplugins.numerics.tile_kernels import INFINITY, MAGNITUDE, TILE, magnitude, program_tiles, scale_of
+from dsplugins.numerics.tile_kernels import (
+    INFINITY,
+    MAGNITUDE,
+    TILE,
+    along_rows,
+    inverse,
+    magnitude,
+    program_tiles,
+    scale_of,
+)
 
 E5M6_TOP = tl.constexpr(65024.0)
 E5M6_NORMAL = tl.constexpr(0x38800000)
@@ -65,10 +74,11 @@ def e5m6_pack_kernel(
     Two numbers are three bytes, the first one in the low bits. WORDS: `packed` is int32, which takes eight
     numbers as three words and wants a multiple of eight channels. A program: BLOCK tiles.
     """
-    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
+    block, tile = tl.program_id(0), tl.program_id(1)  # across rows: faster than along them here
+    token, at, inside = program_tiles(block, tile, tokens, channels, BLOCK)
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(magnitude(values), axis=1), smallest, True, E5M6_TOP)
-    code = e5m6_code(values * tl.div_rn(1.0, scale)[:, None])  # exact: a power of two
+    code = e5m6_code(values * inverse(scale, True)[:, None])  # exact: a power of two
     first, second = tl.split(tl.reshape(code, (BLOCK, TILE // 2, 2)))
     three = first | (second << 12)
     if WORDS:
@@ -99,12 +109,15 @@ def e5m6_unpack_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """The way back of `e5m6_pack_kernel`, into y [tokens, channels]; strides are those of `scales`."""
-    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
+    block, tile = along_rows(channels)
+    token, at, inside = program_tiles(block, tile, tokens, channels, BLOCK)
     if WORDS:
         there, within = e5m6_places(packed, token, tile, tokens, channels, 8)
-        low = tl.load(there, mask=within, other=0)
-        middle = tl.load(there + 1, mask=within, other=0)
-        high = tl.load(there + 2, mask=within, other=0)
+        word = tl.arange(0, 4)[None, None, :]  # three and one that isn't loaded, side by side as they lie
+        words = tl.load(there[:, :, None] + word, mask=within[:, :, None] & (word < 3), other=0)
+        even, odd = tl.split(tl.reshape(words, (BLOCK, TILE // 8, 2, 2)))
+        low, high = tl.split(even)
+        middle, _ = tl.split(odd)
         a, d = low & 0xFFFFFF, (high >> 8) & 0xFFFFFF
         b = ((low >> 24) & 0xFF) | ((middle & 0xFFFF) << 8)
         c = ((middle >> 16) & 0xFFFF) | ((high & 0xFF) << 16)

@@ -9,7 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsplugins.numerics.tile_kernels import TILE, coded, magnitude, program_tiles, scale_of
+from dsplugins.numerics.tile_kernels import TILE, along_rows, coded, magnitude, program_tiles, scale_of
+
+BAND = tl.constexpr(16)
+"""Tiles of tokens that follow one another before the next channels: what is read lies along the channels,
+what is written along the tokens."""
 
 
 @triton.jit
@@ -43,17 +47,26 @@ def rows_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """x [tokens, channels] -> codes of the same shape; scales [tiles, tokens]. A program: BLOCK tiles."""
-    token, tile, at, inside = program_tiles(tokens, channels, BLOCK)
+    block, tile = along_rows(channels)
+    token, at, inside = program_tiles(block, tile, tokens, channels, BLOCK)
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     store_rows(values, codes, scales, token, tile, at, inside, tokens, smallest, POWER_OF_TWO)
 
 
 @triton.jit
-def program_columns(tiles: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """This program's BLOCK channels, the first token of its tile, and how many tokens there are."""
-    tile = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    return channel, tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
+def program_columns(channels: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """This program's tile of 128 tokens, and the first of its BLOCK channels; see BAND."""
+    across = tl.cdiv(channels, BLOCK)
+    first = tl.program_id(0) // (BAND * across) * BAND
+    place = tl.program_id(0) - first * across
+    width = tl.minimum(tl.num_programs(0) // across - first, BAND)
+    return first + place % width, place // width * BLOCK
+
+
+@triton.jit
+def tile_tokens(tiles: tl.tensor, tile: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The first token of a tile, and how many there are."""
+    return tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
 
 
 @triton.jit
@@ -87,6 +100,7 @@ def store_columns(
     codes: tl.tensor,
     scales: tl.tensor,
     tiles: tl.tensor,
+    tile: tl.tensor,
     channel: tl.tensor,
     channels: tl.tensor,
     smallest: tl.tensor,
@@ -96,7 +110,6 @@ def store_columns(
 
     `codes` is int32: four tokens of a channel at once.
     """
-    tile = tl.program_id(0)
     place = tl.multiple_of(tl.load(tiles + tile * 4 + 2), 128) // 4
     length = tl.multiple_of(tl.load(tiles + tile * 4 + 3), 128) // 4
     largest = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
@@ -113,7 +126,7 @@ def column_values(
     x_scales: tl.tensor,
     first: tl.tensor,
     count: tl.tensor,
-    channel: tl.tensor,
+    start: tl.tensor,
     channels: tl.tensor,
     token_stride: tl.tensor,
     tile_stride: tl.tensor,
@@ -121,12 +134,12 @@ def column_values(
     BLOCK: tl.constexpr,
     WHICH: tl.constexpr,
 ) -> tl.tensor:
-    """A fourth of the tile's numbers, float32 [32, BLOCK]; see `columns_kernel`."""
+    """A fourth of the tile's numbers from channel `start` on, float32 [32, BLOCK]; see `columns_kernel`."""
+    channel = start + tl.arange(0, BLOCK)
     token, there, inside = every_fourth(first, count, channel, channels, WHICH)
     values = tl.load(x + token[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     if QUANTISED:
-        from_tile = tl.program_id(1) * BLOCK // TILE
-        at_scale = token * token_stride + from_tile * tile_stride
+        at_scale = token * token_stride + start // TILE * tile_stride
         values *= tl.load(x_scales + at_scale, mask=there, other=0.0)[:, None]
     return values
 
@@ -153,20 +166,22 @@ def columns_kernel(
     [n, channels]. QUANTISED: x holds codes, with a scale for each token and 128 channels at `x_scales`. A
     program: a tile of tokens for BLOCK channels, a divisor of 128.
     """
-    channel, first, count = program_columns(tiles, BLOCK)
+    tile, start = program_columns(channels, BLOCK)
+    first, count = tile_tokens(tiles, tile)
     a = column_values(
-        x, x_scales, first, count, channel, channels, token_stride, tile_stride, QUANTISED, BLOCK, 0
+        x, x_scales, first, count, start, channels, token_stride, tile_stride, QUANTISED, BLOCK, 0
     )
     b = column_values(
-        x, x_scales, first, count, channel, channels, token_stride, tile_stride, QUANTISED, BLOCK, 1
+        x, x_scales, first, count, start, channels, token_stride, tile_stride, QUANTISED, BLOCK, 1
     )
     c = column_values(
-        x, x_scales, first, count, channel, channels, token_stride, tile_stride, QUANTISED, BLOCK, 2
+        x, x_scales, first, count, start, channels, token_stride, tile_stride, QUANTISED, BLOCK, 2
     )
     d = column_values(
-        x, x_scales, first, count, channel, channels, token_stride, tile_stride, QUANTISED, BLOCK, 3
+        x, x_scales, first, count, start, channels, token_stride, tile_stride, QUANTISED, BLOCK, 3
     )
-    store_columns(a, b, c, d, codes, scales, tiles, channel, channels, smallest, POWER_OF_TWO)
+    channel = start + tl.arange(0, BLOCK)
+    store_columns(a, b, c, d, codes, scales, tiles, tile, channel, channels, smallest, POWER_OF_TWO)
 
 
 @triton.jit
