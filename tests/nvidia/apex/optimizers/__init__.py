@@ -28,14 +28,16 @@ class FusedAdam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
+        self.param_groups_master = [{"params": [None] * len(g["params"])} for g in self.param_groups]
 
     @torch.no_grad()
     def step(self, closure=None):
         assert self.adam_w_mode and closure is None
-        for group in self.param_groups:
+        for group, masters in zip(self.param_groups, self.param_groups_master, strict=False):
             group["step"] = group["step"] + 1 if "step" in group else 1
             (beta1, beta2), count = group["betas"], group["step"]
-            for param in group["params"]:
+            assert group["bias_correction"]
+            for param, _ in zip(group["params"], masters["params"], strict=False):
                 if param.grad is None:
                     continue
                 state = self.state[param]
