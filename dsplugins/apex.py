@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,4 +37,19 @@ def chosen(key: str, plan: Plan, extension: str) -> Iterable[Problem]:
         yield Problem(said, key, "build apex with its C++ and CUDA extensions", kind="environment")
 
 
-__all__ = ["chosen", "nvidias"]
+def unusable(key: str) -> Iterable[Problem]:
+    """What keeps megatron-core from any optimizer: it makes apex's first where that is installed, and
+    transformer-engine isn't, and that needs `amp_C`.
+    """
+    if not nvidias() or importlib.util.find_spec("transformer_engine") is not None:
+        return
+    importlib.import_module("torch")  # whose libraries it needs
+    try:
+        importlib.import_module("amp_C")
+    except ImportError as error:
+        said = f"megatron-core takes the apex that is installed, whose amp_C can't be loaded: {error}"
+        remedy = "build apex with its CUDA extensions for this torch, or uninstall it"
+        yield Problem(said, key, remedy, kind="environment")
+
+
+__all__ = ["chosen", "nvidias", "unusable"]

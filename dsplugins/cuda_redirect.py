@@ -162,6 +162,11 @@ def _put(target: ModuleType | type, attributes: Mapping[str, object]) -> None:
         setattr(target, name, value)
 
 
+def _types() -> dict[str, object]:
+    """NVIDIA's apex makes such a tensor in its optimizer, which core takes where it is installed."""
+    return {"IntTensor": torch.IntTensor}
+
+
 def _streams(stand_in: torch.device) -> dict[str, object]:
     """Device, streams and events; `current_device` answers a device, which every user of it takes."""
     stream = Stream()
@@ -232,7 +237,7 @@ def install(device_type: str = "cpu") -> None:
     # `with torch.device("meta")` knows factories by identity: let it list the true ones first.
     _device._device_constructors()
     _put(torch, {name: _redirected(getattr(torch, name), stand_in) for name in FACTORIES})
-    _put(torch.cuda, _streams(stand_in) | _random() | _memory())
+    _put(torch.cuda, _streams(stand_in) | _random() | _memory() | _types())
     _put(torch.cuda.random, {name: value for name, value in _random().items() if name.endswith("rng_state")})
     _put(torch.cuda.memory, _memory())
     _put(torch.cuda.nvtx, {"range_push": _nothing, "range_pop": _nothing, "range": _profiler_range})

@@ -53,6 +53,21 @@ def test_another_package_of_that_name_is_not_it(monkeypatch, tmp_path):
     ]
 
 
+def test_kernels_that_do_not_load_are_told(monkeypatch, tmp_path, nvidias):
+    """Whoever asks for what: megatron-core takes apex's optimizer for its own where it finds it."""
+    from dsplugins import apex
+
+    assert not list(apex.unusable("plugins.adamw"))
+    (tmp_path / "amp_C.py").write_text("raise ImportError('undefined symbol: of another torch')")
+    monkeypatch.delitem(sys.modules, "amp_C", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (told,) = apex.unusable("plugins.adamw")
+    assert (told.kind, told.key) == ("environment", "plugins.adamw")
+    assert told.message.endswith("can't be loaded: undefined symbol: of another torch")
+    monkeypatch.syspath_prepend(str(HERE / "transformer_engine_there"))
+    assert not list(apex.unusable("plugins.adamw"))  # core takes that
+
+
 def test_options_are_checked_where_they_stand(nvidias):
     from dsplugins.plugins.backend.torch_local import TorchLocal, TorchLocalOptions
 

@@ -28,6 +28,7 @@ class FusedAdam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
+        self._dummy_overflow_buf = torch.cuda.IntTensor([0])
         self.param_groups_master = [{"params": [None] * len(g["params"])} for g in self.param_groups]
 
     @torch.no_grad()
