@@ -40,18 +40,24 @@ PLAIN = "plugins.adamw.moments=fp32"
 """apex's kernel has no other."""
 KERNELS = ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
 ALONE = """
-import importlib.abc, json, os, sys
-class Hidden(importlib.abc.MetaPathFinder):
+import json, os, sys
+class Without:
+    def __init__(self, finders):
+        self.finders = finders
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("apex", *{kernels}):
-            raise ModuleNotFoundError(name)
+            return None
+        found = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in found if spec is not None), None)
 if {hide}:
-    sys.meta_path.insert(0, Hidden())
+    sys.meta_path[:] = [Without(list(sys.meta_path))]
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 import torch, torch.distributed as dist
 torch.cuda.set_device(0)
 torch.use_deterministic_algorithms(True, warn_only=True)
 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+from dsplugins import apex
+assert bool(apex.nvidias()) is not {hide}
 from gpu.short_runs import SHORT, numbers, train_on
 print("numbers", json.dumps(numbers(train_on(SHORT)["rows"])))
 dist.destroy_process_group()
