@@ -12,6 +12,7 @@ from dsplugins.contracts import Plan, Problem
 REMEDY = (
     "it is in NVIDIA's container images (github.com/NVIDIA/apex); `pip install apex` brings another package"
 )
+REBUILD = "build apex with its CUDA extensions for this torch"
 
 
 def nvidias() -> bool | None:
@@ -35,6 +36,9 @@ def chosen(key: str, plan: Plan, extension: str) -> Iterable[Problem]:
     elif importlib.util.find_spec(extension) is None:
         said = f"{key} needs apex's CUDA extension {extension}, which isn't built here"
         yield Problem(said, key, "build apex with its C++ and CUDA extensions", kind="environment")
+    elif reason := _not_loaded(extension):
+        said = f"{key} needs apex's CUDA extension {extension}, which can't be loaded: {reason}"
+        yield Problem(said, key, REBUILD, kind="environment")
 
 
 def unusable(key: str) -> Iterable[Problem]:
@@ -43,13 +47,19 @@ def unusable(key: str) -> Iterable[Problem]:
     """
     if not nvidias() or importlib.util.find_spec("transformer_engine") is not None:
         return
+    if reason := _not_loaded("amp_C"):
+        said = f"megatron-core takes the apex that is installed, whose amp_C can't be loaded: {reason}"
+        yield Problem(said, key, f"{REBUILD}, or uninstall it", kind="environment")
+
+
+def _not_loaded(extension: str) -> str | None:
+    """Why it can't be imported."""
     importlib.import_module("torch")  # whose libraries it needs
     try:
-        importlib.import_module("amp_C")
+        importlib.import_module(extension)
     except ImportError as error:
-        said = f"megatron-core takes the apex that is installed, whose amp_C can't be loaded: {error}"
-        remedy = "build apex with its CUDA extensions for this torch, or uninstall it"
-        yield Problem(said, key, remedy, kind="environment")
+        return str(error)
+    return None
 
 
 __all__ = ["chosen", "nvidias", "unusable"]

@@ -25,7 +25,8 @@ def assembled(overrides: list[str], recipe: str = str(TINY)) -> Iterator[Any]:
 
     world = torch.distributed.get_world_size()
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(torch.distributed.get_rank())}
-    loaded = Recipe.load(recipe, [*overrides, f"run.world_size={world}", "run.directory=unused"])
+    given = ["run.directory=unused", *overrides, f"run.world_size={world}"]
+    loaded = Recipe.load(recipe, given)
     plugins, plan = prepare(loaded)
     with temporary_groups():
         platform = plugins.slot("platform", plan=plan)

@@ -68,6 +68,38 @@ def test_kernels_that_do_not_load_are_told(monkeypatch, tmp_path, nvidias):
     assert not list(apex.unusable("plugins.adamw"))  # core takes that
 
 
+def test_what_was_chosen_and_does_not_load_is_told(monkeypatch, tmp_path, nvidias):
+    """Also where transformer-engine is there, which core would take."""
+    (tmp_path / "broken.py").write_text("raise ImportError('undefined symbol: of another torch')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(HERE / "transformer_engine_there"))
+    assert found(extension="broken") == [
+        "plugins.adamw.kernel needs apex's CUDA extension broken, which can't be loaded: "
+        "undefined symbol: of another torch"
+    ]
+
+
+HIDING = """
+from hidden import hide
+from dsplugins import apex
+assert apex.nvidias()
+hide("apex", "amp_C")
+from dsplugins.plan import prepare
+from dsplugins.recipe import Recipe
+plugins, plan = prepare(Recipe.load("deepseek_v3/tiny_gpu.yaml"))
+assert apex.nvidias() is None and plan.slots["optimizer"] == "adamw"
+import megatron.core.optimizer, torch
+assert megatron.core.optimizer.Adam is torch.optim.AdamW
+"""
+
+
+def test_apex_can_be_hidden_from_a_process():
+    """As its test on a GPU does (tests/gpu/test_apex.py): everything else is found."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(NVIDIA), str(HERE), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", HIDING], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_options_are_checked_where_they_stand(nvidias):
     from dsplugins.plugins.backend.torch_local import TorchLocal, TorchLocalOptions
 

@@ -45,7 +45,9 @@ def scale_of(
 
 @triton.jit
 def inverse(scale: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
-    """1 / scale, rounded once; that of a power of two is found among integers, as the opposite exponent."""
+    """1 / scale, rounded once. Of a power of two (2^-126 to 2^126, and a tile's is) it is the opposite
+    exponent, found among integers.
+    """
     if not POWER_OF_TWO:
         return tl.div_rn(1.0, scale)
     bits = scale.to(tl.int32, bitcast=True)

@@ -40,17 +40,10 @@ PLAIN = "plugins.adamw.moments=fp32"
 """apex's kernel has no other."""
 KERNELS = ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
 ALONE = """
-import json, os, sys
-class Without:
-    def __init__(self, finders):
-        self.finders = finders
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("apex", *{kernels}):
-            return None
-        found = (finder.find_spec(name, path, target) for finder in self.finders)
-        return next((spec for spec in found if spec is not None), None)
+import json, os
+from hidden import hide
 if {hide}:
-    sys.meta_path[:] = [Without(list(sys.meta_path))]
+    hide("apex", *{kernels})
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 import torch, torch.distributed as dist
 torch.cuda.set_device(0)
@@ -109,9 +102,8 @@ def test_norms_are_as_exact_as_torchs(nccl, kind, dtype):
     for make in (ApexNorm, Norm):
         norm = make(config, 7168, 1e-6).to(nccl)
         exact = getattr(torch.nn, kind)(7168, eps=1e-6, dtype=torch.float64, device=nccl)
-        found.append([distances(norm, exact, x, dy)])
-    for mine, torchs in zip(*found, strict=True):
-        assert all(one <= 2 * other + 1e-9 for one, other in zip(mine, torchs, strict=True)), found
+        found.append(distances(norm, exact, x, dy))
+    assert all(mine <= 2 * torchs + 1e-9 for mine, torchs in zip(*found, strict=True)), found
 
 
 def distances(norm, exact, x, dy):

@@ -26,7 +26,7 @@ FLAGS = ("POWER_OF_TWO", "HAS_PROBS", "QUANTISED", "TRANSPOSED", "WORDS", "ALIGN
 CHOICES = dict.fromkeys(FLAGS, (False, True)) | {"NUMBERS": (tl.bfloat16, tl.float32)}
 OUTSIDE = ("x", "inner", "weight", "dy", "dinner", "y")
 """In BF16 above; in FP32 where `outside` is `fp32`."""
-OF_CODES = ("swiglu_columns_kernel", "swiglu_gradient_kernel")
+FROM_CODES = ("swiglu_columns_kernel", "swiglu_gradient_kernel")
 """Their `inner` is codes."""
 ANY_SIZE = ("smallest", "width")
 """Bits of a number, and no size; a size of no multiple."""
@@ -34,13 +34,13 @@ ANY_SIZE = ("smallest", "width")
 
 def block(name, constants):
     channels = casts.OF_CODES if constants.get("QUANTISED") else casts.CHANNELS
-    channels = casts.SWIGLU if name in OF_CODES else channels
+    channels = casts.SWIGLU if name in FROM_CODES else channels
     return channels if "columns" in name else casts.TOKENS.get(name, payload_casts.TOKENS)
 
 
 def types(name, constants, wide):
     found = TYPES | (dict.fromkeys(OUTSIDE, "*fp32") if wide else {})
-    if name in OF_CODES:
+    if name in FROM_CODES:
         found["inner"] = "*fp8e4nv"
     if constants.get("QUANTISED"):
         found["x"] = "*fp8e4nv"

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 class AllToAll:
-    """megatron-core's all-to-all dispatcher; each token travels once for each expert that it goes to."""
+    """megatron-core's all-to-all dispatcher; each token travels once for each expert that it goes to.
+
+    On CUDA what comes back of a token is added up in FP32, in one pass and the same bits every time, unless
+    `model.moe_permute_fusion` takes TransformerEngine's kernels for that.
+    """
 
     contract = ">=1.0,<2"
 
@@ -30,7 +34,7 @@ class AllToAll:
 
     @hookimpl
     def ds_dispatcher(self, config: MLATransformerConfig) -> DispatcherFactory:
-        """Core's, with split sizes that gloo can read."""
+        """Core's, with split sizes that gloo can read and sums of its own on CUDA."""
         from dsplugins.plugins.dispatcher.host_splits import AllToAllDispatcher
 
         return AllToAllDispatcher

@@ -1,7 +1,8 @@
 """Tokens to the copies that travel, one for each expert, and back to the sum of a token's copies.
 
-megatron-core adds copies up where they come from: in a row of BF16, one rounding after the other, by atomics.
-Here each token fetches its copies and adds them in FP32: one pass over memory, the same bits every time.
+megatron-core adds copies up where they come from, one rounding to their format after the other, by atomics
+unless torch is told to be deterministic. Here each token fetches its copies and adds them in FP32: one pass
+over memory, the same bits every time.
 Imported from hook bodies only: it needs torch.
 """
 

@@ -73,7 +73,7 @@ def _in_fp8(rows: torch.Tensor, route: Route, smallest: float) -> torch.Tensor:
 
 
 class Fp8AllToAllDispatcher(AllToAllDispatcher):
-    """Core's all-to-all dispatcher but for the two exchanges."""
+    """`alltoall`'s dispatcher but for the two exchanges."""
 
     def dispatched_bytes(self, width: int) -> int:
         """A code for each channel, an exponent for each 128."""

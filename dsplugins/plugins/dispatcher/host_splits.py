@@ -1,4 +1,6 @@
-"""megatron-core's all-to-all dispatcher, also where there is no device or no other rank to wait for."""
+"""megatron-core's all-to-all dispatcher, also where there is no device or no other rank to wait for, and
+with copies of tokens added up by `copies` where there is a device.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     Where one rank holds all experts, the first permutation has already sorted the tokens by expert; core
     sorts them once more, after the all-to-all, and back: four copies of all tokens in a step, left out here.
 
-    On CUDA a token's copies are added up by `copies` instead of core's atomics.
+    On CUDA a token's copies are added up by `copies`, in the place of core's atomics (its deterministic
+    kernels, where those are asked for).
     """
 
     tokens_per_expert: torch.Tensor | None
@@ -45,7 +48,7 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         column = hidden_states.detach()[..., :1]  # core counts and sorts; what it moves is not used
         _, sorted_probs = super().dispatch_preprocess(column, routing_map, probs)
         tokens = hidden_states.view(-1, hidden_states.shape[-1])
-        self.hidden_shape, self.hidden_shape_before_permute = hidden_states.shape, tokens.shape
+        self.hidden_shape = hidden_states.shape
         order = Order.of(self.reversed_local_input_permutation_mapping, self.config.moe_router_topk)
         self._order = order
         return ToCopies.apply(tokens, order), sorted_probs
