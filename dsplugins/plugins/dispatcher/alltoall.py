@@ -35,6 +35,6 @@ class AllToAll:
     @hookimpl
     def ds_dispatcher(self, config: MLATransformerConfig) -> DispatcherFactory:
         """Core's, with split sizes that gloo can read and sums of its own on CUDA."""
-        from dsplugins.plugins.dispatcher.host_splits import AllToAllDispatcher
+        from dsplugins.plugins.dispatcher.alltoall_dispatcher import AllToAllDispatcher
 
         return AllToAllDispatcher

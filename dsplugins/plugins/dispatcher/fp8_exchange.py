@@ -12,8 +12,8 @@ import torch
 from megatron.core.tensor_parallel import all_to_all
 
 from dsplugins.numerics.tiles import SMALLEST_AMAX, SMALLEST_GRADIENT, TILE
+from dsplugins.plugins.dispatcher.alltoall_dispatcher import AllToAllDispatcher
 from dsplugins.plugins.dispatcher.fp8_payload import pack, unpack
-from dsplugins.plugins.dispatcher.host_splits import AllToAllDispatcher
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,10 @@ class AdamW:
                     key=f"optimizer.{field}",
                     remedy="remove it; for BF16 moments set plugins.adamw.moments: bf16",
                 )
-        told = list(self._apex_problems(plan)) if self.options.kernel == "apex" else []
-        yield from told or apex.unusable("plugins.adamw")
+        if self.options.kernel == "apex":
+            yield from self._apex_problems(plan)
+        else:
+            yield from apex.unusable("plugins.adamw")
         if self.options.moments == "bf16":
             yield from self._bf16_problems(settings.optimizer)
         yield from overlap.problems(self.options, plan, settings)

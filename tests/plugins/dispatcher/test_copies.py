@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles.dispatch import CASES, expected, through, whole
 
-from dsplugins.plugins.dispatcher import host_splits
+from dsplugins.plugins.dispatcher import alltoall_dispatcher
 from dsplugins.plugins.dispatcher.copies import FromCopies, Order, ToCopies
 
 TOKENS, K, WIDTH = 7, 3, 5
@@ -45,7 +45,7 @@ def test_gradients(order):
 
 def added_up(*given):
     """`through`, with copies added up here as they are on a GPU; how often they were, too."""
-    dispatcher, made = host_splits.AllToAllDispatcher, []
+    dispatcher, made = alltoall_dispatcher.AllToAllDispatcher, []
     here, of = dispatcher._adds_up, Order.of
     dispatcher._adds_up = lambda self, hidden: True
     Order.of = lambda *order: made.append(of(*order)) or made[-1]
@@ -80,7 +80,7 @@ def test_where_copies_are_added_up():
 
     def adds_up(device=True, shared=None, **fields):
         carrier = SimpleNamespace(config=SimpleNamespace(**plain | fields), shared_experts=shared)
-        return host_splits.AllToAllDispatcher._adds_up(carrier, SimpleNamespace(is_cuda=device))
+        return alltoall_dispatcher.AllToAllDispatcher._adds_up(carrier, SimpleNamespace(is_cuda=device))
 
     assert adds_up() and not adds_up(device=False) and not adds_up(shared=object())
     assert not any(

@@ -97,8 +97,8 @@ def test_small_gradients_keep_their_digits(payload):
 
 def test_half_of_the_bytes_there_and_three_quarters_together(single):
     """At V3's width, beside BF16."""
+    from dsplugins.plugins.dispatcher.alltoall_dispatcher import AllToAllDispatcher
     from dsplugins.plugins.dispatcher.fp8_exchange import Fp8AllToAllDispatcher
-    from dsplugins.plugins.dispatcher.host_splits import AllToAllDispatcher
 
     config = SimpleNamespace(config=SimpleNamespace(hidden_size=7168))
     there, half = (kind.dispatched_bytes(config, 2) for kind in (Fp8AllToAllDispatcher, AllToAllDispatcher))

@@ -456,6 +456,15 @@ def test_a_run_with_apexs_kernel_resumes(single, nvidias, zero):
         assert torch.equal(ours, theirs), name
 
 
+def test_apex_that_does_not_load_is_told_once(nvidias, monkeypatch):
+    """Where nobody asked for it, too: megatron-core takes it for its own optimizer."""
+    from dsplugins import apex
+
+    monkeypatch.setattr(apex, "_not_loaded", lambda extension: f"{extension} is of another torch")
+    assert problems() == ["plugins.adamw"]
+    assert problems({"kernel": "apex"}) == ["plugins.adamw.kernel"]
+
+
 def test_apexs_kernel_excludes_others(nvidias):
     assert problems({"kernel": "apex", "moments": "bf16"}) == ["plugins.adamw.kernel"]
     assert problems({"kernel": "apex", "fused": True}) == ["plugins.adamw.kernel"]
